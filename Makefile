@@ -1,0 +1,58 @@
+# Every target sets up .venv by itself; after the first time nothing is downloaded.
+#   make quickstart [TEXT=path]   pretrain and compare, end to end
+#   make test                     the fast tests;  make test-slow  the rest;  make lint
+#   make bench                    what a step costs on this machine
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+COCOMIX := $(BIN)/cocomix
+READY := $(VENV)/.ready
+PIP := $(BIN)/pip --disable-pip-version-check install -q -c constraints.txt
+
+TEXT ?= stdlib
+ifeq ($(TEXT),stdlib)
+OUT ?= runs/quickstart
+else
+OUT ?= runs/quickstart-$(shell printf '%s' '$(TEXT)' | cksum | cut -d' ' -f1)
+endif
+
+.PHONY: setup quickstart test test-slow lint bench clean
+
+setup: $(READY)
+
+# PyTorch goes first: an unpinned dependency on it would choose another build. DeepSpeed is built from source and
+# wants the environment's own setuptools rather than an isolated build's.
+$(READY): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
+	  { echo "Python 3.11 or 3.12 is needed: make PYTHON=python3.11 ..."; exit 1; }
+	@echo "setting up $(VENV) (once; a few minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) setuptools wheel ninja "torch==2.13.0" numpy
+	@$(PIP) --no-build-isolation -e ".[dev]"
+	@touch $@
+
+QUICKSTART = "out=$(OUT)"
+quickstart: $(READY)
+	@echo "1/7 data: text -> tokenizer and token files";        $(COCOMIX) data configs/quickstart/teacher.yaml $(QUICKSTART) "data.text=['$(TEXT)']"
+	@echo "2/7 teacher: a small language model";                $(COCOMIX) train configs/quickstart/teacher.yaml $(QUICKSTART) --resume
+	@echo "3/7 sae: the teacher's sparse autoencoder";          $(COCOMIX) sae configs/quickstart/student.yaml $(QUICKSTART)
+	@echo "4/7 labels: which concepts matter at each token";    $(COCOMIX) labels configs/quickstart/student.yaml $(QUICKSTART)
+	@echo "5/7 student by next-token prediction alone";         $(COCOMIX) train configs/quickstart/student.yaml $(QUICKSTART) model.mixing=none train.run=$(OUT)/ntp --resume
+	@echo "6/7 student with continuous concepts";               $(COCOMIX) train configs/quickstart/student.yaml $(QUICKSTART) --resume
+	@echo "7/7 report"; echo;                                   $(COCOMIX) report $(OUT)/ntp $(OUT)/cocomix --out $(OUT)/report
+
+test: $(READY)
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+bench: $(READY)
+	$(BIN)/python benchmarks/bench_step.py
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

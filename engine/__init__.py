@@ -1,0 +1,27 @@
+"""CoCoMix: pretraining language models with continuous concepts (arXiv 2502.08524)."""
+
+import importlib
+
+import wrapt
+
+_PUBLIC = {
+    "CoCoMixConfig": "cocomix.model",
+    "CoCoMixForCausalLM": "cocomix.model",
+    "CoCoMixModel": "cocomix.model",
+    "SparseAutoencoder": "cocomix.sae",
+    "ConceptTeacher": "cocomix.teacher",
+    "LabelCache": "cocomix.labels",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name):
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'cocomix' has no attribute {name!r}")
+
+
+@wrapt.when_imported("transformers.models.auto.modeling_auto")
+def _register(_):
+    # Registers the model with AutoModelForCausalLM, without making everyone who imports cocomix wait for transformers.
+    importlib.import_module("cocomix.model")

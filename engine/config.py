@@ -1,0 +1,251 @@
+"""Settings: dataclasses, YAML files over them, `key.sub=value` overrides, and their validation."""
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cocomix.errors import CocomixError
+
+MIXING = ("interleave", "add", "none")
+
+
+@dataclass
+class DataConfig:
+    """Text, tokenizer and token files."""
+
+    folder: str = "data"  # train.bin, val.bin, meta.json and tokenizer/ live here
+    text: list[str] = field(default_factory=list)  # files, folders, "stdlib", "hf:NAME"
+    text_key: str = "text"  # the field of JSONL records and dataset rows that holds the text
+    tokenizer: str | None = None  # a folder or hub name; none: train a byte-level BPE on the text
+    vocab_size: int = 4096  # of a tokenizer that is trained here
+    val_fraction: float = 0.05  # share of the documents held out for validation
+    seed: int = 0  # of the train/validation split
+    seq_len: int = 1024  # T: tokens in a window
+
+
+@dataclass
+class ModelConfig:
+    """Shape of the student. The vocabulary comes from the token files, the context length from data.seq_len."""
+
+    n_embd: int = 512
+    n_layer: int = 8
+    n_head: int = 8
+    concept_dim: int = 32768
+    concept_topk: int = 32
+    insert_layer: int = 3
+    concept_loss_weight: float = 0.1
+    mixing: str = "interleave"
+
+
+@dataclass
+class TeacherConfig:
+    """The frozen side: a causal language model, the block its SAE reads, and the SAE."""
+
+    model: str | None = None  # a transformers folder or hub name
+    sae: str | None = None  # an SAE file or folder; `cocomix sae` writes it
+    layer: int = 5  # m, 0-based
+    label_topk: int = 4  # K
+    dtype: str = "fp32"  # of the teacher's forward and backward pass
+
+
+@dataclass
+class SaeConfig:
+    """Training of the TopK sparse autoencoder (`cocomix sae`)."""
+
+    n_latents: int = 32768
+    k: int = 32
+    tokens: int = 10_000_000
+    batch_tokens: int = 4096
+    lr: float = 1e-3
+    warmup_steps: int = 100
+    aux_k: int = 256  # dead latents that help to explain the residual
+    aux_weight: float = 1 / 32
+    dead_after_tokens: int = 1_000_000  # a latent silent for so long is dead
+    seed: int = 0
+
+
+@dataclass
+class LabelsConfig:
+    """Where concept labels come from: a cache, or the teacher itself while training."""
+
+    cache: str | None = None  # a folder; `cocomix labels` writes it. None: online
+    shard_windows: int = 4096  # windows in one file of the cache
+
+
+@dataclass
+class TrainConfig:
+    """Optimisation, schedule and bookkeeping of `cocomix train`."""
+
+    run: str = "runs/run"  # metrics, checkpoints and the finished model
+    tokens: int = 1_000_000_000  # training tokens; steps = ceil(tokens / (global_batch * seq_len))
+    global_batch: int = 512  # windows in one optimizer step, over all ranks
+    micro_batch: int = 8  # windows in one forward pass of one rank
+    lr: float = 6e-4
+    min_lr_ratio: float = 0.1  # the cosine ends at this share of lr
+    warmup_steps: int = 130
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    precision: str = "fp32"  # fp32 | bf16 (fp32 master weights)
+    zero_stage: int = 1
+    seed: int = 0  # of initialisation and data order
+    log_every: int = 10
+    eval_every: int = 500
+    eval_windows: int = 0  # validation windows an evaluation reads; 0: all
+    save_every: int = 500
+    keep_checkpoints: int = 2
+    tensorboard: bool = True
+    wandb_project: str | None = None  # log to Weights & Biases as well
+    timeout_minutes: float = 10.0  # a collective that waits longer ends the run
+
+
+@dataclass
+class Config:
+    """Everything a command may need; each command reads the sections it uses."""
+
+    out: str = "runs"  # a folder that the file's own paths can start with: run: ${out}/ntp
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    sae: SaeConfig = field(default_factory=SaeConfig)
+    labels: LabelsConfig = field(default_factory=LabelsConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # goes to DeepSpeed as it is
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in one optimizer step, over all ranks."""
+        return self.train.global_batch * self.data.seq_len
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return math.ceil(self.train.tokens / self.tokens_per_step)
+
+
+def load_config(path, overrides: list[str] = ()) -> Config:
+    """Read a YAML file, apply `key.sub=value` overrides and validate.
+
+    A file may name another one under `base:` (relative to itself), whose settings it then changes. Raises
+    `CocomixError` for a missing file, an unknown key (with the nearest known one), a value of the wrong type and
+    values that contradict each other.
+    """
+    sources = [_read_with_base(Path(path), seen=[]), *(_read_override(text) for text in overrides)]
+    merged = OmegaConf.structured(Config)
+    for source, where in sources:
+        _refuse_unknown(source, Config, where)
+        try:
+            merged = OmegaConf.merge(merged, source)
+        except OmegaConfBaseException as error:
+            key = getattr(error, "full_key", None)
+            reason = str(error).splitlines()[0]
+            raise CocomixError(f"{where}: {key or 'config'}: {reason}") from None
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise CocomixError(f"{path}: {str(error).splitlines()[0]}") from None
+    _validate(config, str(path))
+    return config
+
+
+def _read_with_base(path: Path, seen: list[Path]):
+    if path.resolve() in seen:
+        raise CocomixError(f"{path}: its `base:` leads back to itself")
+    try:
+        content = OmegaConf.load(path)
+    except (FileNotFoundError, IsADirectoryError):
+        raise CocomixError(f"no config file at {path}") from None
+    except Exception as error:  # YAML's own errors have no common base that OmegaConf promises
+        raise CocomixError(f"{path} is not valid YAML: {error}") from None
+    if not OmegaConf.is_dict(content):
+        raise CocomixError(f"{path} holds no settings: expected sections such as `model:` and `train:`")
+    base = content.pop("base", None)
+    if base is not None:
+        parent, _ = _read_with_base(path.parent / base, [*seen, path.resolve()])
+        content = OmegaConf.merge(parent, content)
+    return content, str(path)
+
+
+def _read_override(text: str):
+    key, equals, _ = text.partition("=")
+    if not equals or not key:
+        raise CocomixError(f"override {text!r}: expected key.sub=value, for example train.lr=3e-4")
+    try:
+        return OmegaConf.from_dotlist([text]), f"override {text!r}"
+    except Exception as error:
+        raise CocomixError(f"override {text!r}: {error}") from None
+
+
+def _refuse_unknown(node, schema, where: str, prefix: str = "") -> None:
+    known = {f.name: f for f in dataclasses.fields(schema)}
+    for key in node:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(known)}"
+            raise CocomixError(f"{where}: unknown key {prefix}{key}; {hint}")
+        section = known[key].default_factory
+        if dataclasses.is_dataclass(section):
+            value = node[key]
+            if not isinstance(value, DictConfig):
+                raise CocomixError(f"{where}: {prefix}{key} is a section, not a value; write {prefix}{key}.KEY")
+            _refuse_unknown(value, section, where, f"{prefix}{key}.")
+
+
+def _validate(config: Config, where: str) -> None:
+    data, model, teacher, sae, train = config.data, config.model, config.teacher, config.sae, config.train
+    positive = [(section, f.name) for section in (data, model, sae, train) for f in dataclasses.fields(section)
+                if f.name in _POSITIVE]
+    checks = [(getattr(section, name) > 0, f"{_section_name(config, section)}.{name} must be positive")
+              for section, name in positive]
+    checks += [
+        (data.seq_len >= 2, "data.seq_len must be at least 2: a window needs a next token to predict"),
+        (0 < data.val_fraction < 1, "data.val_fraction must lie between 0 and 1"),
+        (data.vocab_size <= 65536, "data.vocab_size must be at most 65536: token files hold uint16"),
+        (model.mixing in MIXING, f"model.mixing is {model.mixing!r}; it must be one of {', '.join(MIXING)}"),
+        (model.n_embd % model.n_head == 0,
+         f"model.n_embd ({model.n_embd}) must be a multiple of model.n_head ({model.n_head})"),
+        (train.precision in ("fp32", "bf16"), f"train.precision is {train.precision!r}; it must be fp32 or bf16"),
+        (teacher.dtype in ("fp32", "bf16"), f"teacher.dtype is {teacher.dtype!r}; it must be fp32 or bf16"),
+        (train.zero_stage in (0, 1, 2), f"train.zero_stage is {train.zero_stage}; stages 0, 1 and 2 are supported"),
+        (not (train.precision == "bf16" and train.zero_stage == 0),
+         "train.precision=bf16 needs train.zero_stage 1 or 2: at stage 0 DeepSpeed takes a spurious optimizer step "
+         "while it initialises"),
+        (train.global_batch % train.micro_batch == 0,
+         f"train.global_batch ({train.global_batch}) must be a multiple of train.micro_batch ({train.micro_batch})"),
+        (0 <= train.min_lr_ratio <= 1, "train.min_lr_ratio must lie between 0 and 1"),
+        (train.warmup_steps >= 0, "train.warmup_steps must not be negative"),
+        (sae.k <= sae.n_latents, f"sae.k ({sae.k}) must be at most sae.n_latents ({sae.n_latents})"),
+        (teacher.layer >= 0, "teacher.layer must not be negative"),
+        (teacher.label_topk > 0, "teacher.label_topk must be positive"),
+    ]
+    if model.mixing != "none":
+        checks += [
+            (0 <= model.insert_layer < model.n_layer,
+             f"model.insert_layer ({model.insert_layer}) must be at least 0 and below model.n_layer ({model.n_layer})"),
+            (0 < model.concept_topk <= model.concept_dim,
+             f"model.concept_topk ({model.concept_topk}) must be positive and at most model.concept_dim "
+             f"({model.concept_dim})"),
+            (model.concept_dim <= 65535, "model.concept_dim must be at most 65535: label caches hold uint16"),
+        ]
+    for holds, message in checks:
+        if not holds:
+            raise CocomixError(f"{where}: {message}")
+
+
+_POSITIVE = {
+    "vocab_size", "n_embd", "n_layer", "n_head", "concept_dim", "concept_topk", "n_latents", "k", "tokens",
+    "batch_tokens", "lr", "global_batch", "micro_batch", "log_every", "eval_every", "save_every", "keep_checkpoints",
+    "grad_clip", "dead_after_tokens", "timeout_minutes",
+}
+
+
+def _section_name(config: Config, section) -> str:
+    return next(f.name for f in dataclasses.fields(config) if getattr(config, f.name) is section)

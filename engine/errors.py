@@ -1,0 +1,9 @@
+"""The one exception that means "the user can mend this"."""
+
+
+class CocomixError(ValueError):
+    """Bad input, a bad config or a full disk: something the user can put right.
+
+    The message names the thing that is wrong and what to do about it. The command line prints it
+    without a traceback and leaves with exit code 2.
+    """

@@ -1,0 +1,42 @@
+"""Packaging: `engine/` is the package cocomix, `kernels/` is cocomix.kernels. One place for names, versions, extras."""
+
+from setuptools import setup
+
+CORE = [
+    "torch>=2.11,<2.14",
+    "triton>=3.6; platform_system == 'Linux'",  # comes with PyTorch's CUDA builds, not with its CPU build
+    "transformers>=5.17,<6",  # the model is a transformers model; teachers and tokenizers are loaded with it
+    "tokenizers>=0.22",  # trains and runs byte-level BPE on all cores
+    "safetensors>=0.5",  # SAE files that cannot execute code
+    "numpy>=1.26",
+    "omegaconf>=2.3",  # YAML over dataclasses, overrides, interpolation
+    "tqdm>=4.66",
+    "wrapt>=1.16",  # registers the model when transformers is imported, so that importing cocomix stays fast
+]
+
+EXTRAS = {
+    # `cocomix train`: DeepSpeed compiles its CPU optimizer with ninja; runs write TensorBoard files
+    "train": ["deepspeed>=0.19,<0.20", "tensorboard>=2.17", "ninja>=1.11", "setuptools"],
+    "report": ["matplotlib>=3.9"],  # `cocomix report`
+    "data": ["datasets>=4.0"],  # `hf:NAME` sources of `cocomix data`
+    "wandb": ["wandb>=0.19"],  # train.wandb_project
+    # on a GPU with PyTorch 2.11 or 2.12, which lack torch.nn.functional.linear_cross_entropy
+    "liger": ["liger-kernel>=0.6"],
+    "flash": ["flash-attn>=2.7"],
+}
+EXTRAS["all"] = EXTRAS["train"] + EXTRAS["report"] + EXTRAS["data"]
+EXTRAS["dev"] = EXTRAS["all"] + ["pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=5", "ruff>=0.9"]
+
+setup(
+    name="cocomix",
+    version="0.1.0",
+    description="A training engine for language models with continuous concepts (CoCoMix)",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11,<3.13",
+    packages=["cocomix", "cocomix.kernels"],
+    package_dir={"cocomix": "engine", "cocomix.kernels": "kernels"},
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["cocomix=cocomix.cli:main"]},
+)
