@@ -1,0 +1,48 @@
+"""Concept labels: attribution of the teacher's loss to its active latents, by k sampled dot products a token.
+
+Shapes: N tokens, d teacher width, C latents, k active latents, K labels.
+"""
+
+import torch
+
+from cocomix.kernels.checks import check_device, check_floats, check_integers, check_k, check_range, check_shapes
+from cocomix.kernels.chunking import accumulation_dtype, row_chunks
+from cocomix.kernels.dispatch import choose_backend
+
+
+def _torch_backend(values, indices, grad, decoder, label_topk):
+    n_tokens, k = indices.shape
+    dtype = torch.promote_types(accumulation_dtype(decoder.dtype), accumulation_dtype(values.dtype))
+    labels = indices.new_full((n_tokens, label_topk), -1, dtype=torch.int64)
+    kept = min(k, label_topk)
+    for rows in row_chunks(n_tokens, 2 * k * decoder.shape[1] * dtype.itemsize, values.device):
+        ascending, order = indices[rows].long().sort(1)  # the stable sort below then breaks ties to the lowest index
+        dots = torch.bmm(decoder[ascending].to(dtype), grad[rows, :, None].to(dtype))[:, :, 0]
+        attribution = values[rows].to(dtype).gather(1, order) * dots
+        best, position = attribution.sort(dim=1, descending=True, stable=True)
+        labels[rows, :kept] = torch.where(best > 0, ascending.gather(1, position), -1)[:, :kept]
+    return labels
+
+
+@torch.no_grad()
+def concept_attribution(values, indices, grad, decoder, label_topk, *, backend=None) -> torch.Tensor:
+    """The concepts with the largest strictly positive attribution s_i = a_i * <decoder_i, g>, largest first.
+
+    values [N, k] active latents, indices [N, k] integers, grad [N, d] gradient of the teacher's loss with respect
+    to the residual stream, decoder [C, d] with one row a concept (any floating dtypes; products accumulate in
+    float32). Returns [N, label_topk] int64, -1 where fewer attributions are positive; ties go to the lowest index.
+
+    Source: CoCoMix (arXiv 2502.08524), section 3: attribution. Raises `ValueError` for shapes, devices or indices
+    that do not fit.
+    """
+    sizes = check_shapes(
+        "concept_attribution", values=(values, "N k"), indices=(indices, "N k"), grad=(grad, "N d"),
+        decoder=(decoder, "C d"),
+    )
+    check_floats("concept_attribution", values=values, grad=grad, decoder=decoder)
+    check_integers("concept_attribution", indices=indices)
+    check_device("concept_attribution", values=values, indices=indices, grad=grad, decoder=decoder)
+    check_range("concept_attribution", "indices", indices, 0, sizes["C"])
+    check_k("concept_attribution", label_topk, 65535, "label_topk")
+    run = choose_backend("concept_attribution", {"torch": _torch_backend}, backend, values.device)
+    return run(values, indices, grad, decoder, label_topk)

@@ -1,0 +1,82 @@
+"""Linear layer + exact TopK, without [N, C] outputs: the encoder of a TopK sparse autoencoder.
+
+Shapes: N tokens, d width, C latents, k kept latents. Forward is one product, a chunk of rows at a time; the backward
+pass touches the kept rows only.
+"""
+
+import torch
+
+from cocomix.kernels.checks import check_k, check_same, check_shapes
+from cocomix.kernels.chunking import accumulation_dtype
+from cocomix.kernels.dispatch import choose_backend
+from cocomix.kernels.linear_topk import logit_chunks, sparse_linear_gradients
+from cocomix.kernels.selection import stable_topk
+
+
+@torch.library.custom_op("cocomix::topk_linear", mutates_args=())
+def _topk_linear(
+    x: torch.Tensor,  # [N, d]
+    weight: torch.Tensor,  # [C, d]
+    bias: torch.Tensor,  # [C]
+    k: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    values, indices = _outputs(x, weight, bias, k)
+    for rows, logits in logit_chunks(x, weight, bias):
+        top, indices[rows] = stable_topk(logits, k)
+        values[rows] = top
+    return values, indices
+
+
+@_topk_linear.register_fake
+def _outputs(x, weight, bias, k):
+    n = x.shape[0]
+    return x.new_empty(n, k, dtype=accumulation_dtype(x.dtype)), x.new_empty(n, k, dtype=torch.int64)
+
+
+@torch.library.custom_op("cocomix::topk_linear_backward", mutates_args=())
+def _topk_linear_backward(
+    grad_values: torch.Tensor,  # [N, k]
+    indices: torch.Tensor,  # [N, k]
+    x: torch.Tensor,
+    weight: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dx, dw, db = (grad_values.new_zeros(shape) for shape in (x.shape, weight.shape, weight.shape[:1]))
+    sparse_linear_gradients(grad_values, indices, x, weight, dx, dw, db)
+    return dx.to(x.dtype), dw.to(x.dtype), db.to(x.dtype)
+
+
+@_topk_linear_backward.register_fake
+def _(grad_values, indices, x, weight):
+    return x.new_empty(x.shape), x.new_empty(weight.shape), x.new_empty(weight.shape[:1])
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, *_ = inputs
+    _, indices = output
+    ctx.mark_non_differentiable(indices)
+    ctx.save_for_backward(indices, x, weight)
+
+
+def _backward(ctx, grad_values, _):
+    return *_topk_linear_backward(grad_values, *ctx.saved_tensors), None
+
+
+_topk_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def topk_linear(x, weight, bias, k, *, relu=False, backend=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest outputs of a linear layer, per row.
+
+    x [N, d], weight [C, d], bias [C]: one floating dtype. Returns values [N, k] (descending; float32, float64 for
+    float64 inputs) and indices [N, k] int64. The selection is exact on the outputs as stored in x's dtype, ties go
+    to the lowest index; with `relu` the kept values are clamped at zero afterwards. Gradients reach x, weight and
+    bias through the values.
+
+    Source: "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093), TopK activation. Raises `ValueError`
+    for shapes, dtypes, devices or k that do not fit.
+    """
+    sizes = check_shapes("topk_linear", x=(x, "N d"), weight=(weight, "C d"), bias=(bias, "C"))
+    check_same("topk_linear", x=x, weight=weight, bias=bias)
+    check_k("topk_linear", k, sizes["C"])
+    values, indices = choose_backend("topk_linear", {"torch": _topk_linear}, backend, x.device)(x, weight, bias, k)
+    return (values.relu() if relu else values), indices
