@@ -1,0 +1,430 @@
+"""The student: a GPT-2 that predicts concepts, compresses them and interleaves them with its hidden states.
+
+Shapes: B sequences, T tokens, d width (n_embd), C concepts (concept_dim), k kept concepts (concept_topk), K labels.
+Blocks 0..insert_layer-1 see T positions, the others 2T (mixing="interleave"): h_0, c_0, h_1, c_1, ...
+Parameter names are those of GPT-2 and of the paper's public code, so checkpoints of both load by name.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_outputs import ModelOutput
+from transformers.pytorch_utils import Conv1D
+
+from cocomix.config import MIXING
+from cocomix.kernels import (
+    concept_head,
+    concept_mix,
+    concept_vectors,
+    interleaved_attention,
+    linear_cross_entropy,
+)
+
+_NORM_EPS = 1e-5  # added to the standard deviation, after the root
+
+
+class CoCoMixConfig(PreTrainedConfig):
+    """Shape of a CoCoMix model.
+
+    `n_positions` counts tokens (T), never the doubled length. `mixing` is "interleave" (the paper's method), "add"
+    (h + c, the sequence keeps T positions) or "none" (plain GPT-2, no concept weights). Raises `ValueError` for
+    values that contradict each other.
+    """
+
+    model_type = "cocomix"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    }
+
+    def __init__(
+        self,
+        n_embd: int = 512,
+        n_layer: int = 8,
+        n_head: int = 8,
+        vocab_size: int = 50257,
+        n_positions: int = 1024,
+        concept_dim: int = 32768,
+        concept_topk: int = 32,
+        insert_layer: int = 3,
+        concept_loss_weight: float = 0.1,
+        mixing: str = "interleave",
+        layer_norm_epsilon: float = 1e-5,
+        initializer_range: float = 0.02,
+        use_cache: bool = True,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        tie_word_embeddings: bool = True,
+        **kwargs,
+    ):
+        self.n_embd, self.n_layer, self.n_head = n_embd, n_layer, n_head
+        self.vocab_size, self.n_positions = vocab_size, n_positions
+        self.concept_dim, self.concept_topk, self.insert_layer = concept_dim, concept_topk, insert_layer
+        self.concept_loss_weight, self.mixing = concept_loss_weight, mixing
+        self.layer_norm_epsilon, self.initializer_range = layer_norm_epsilon, initializer_range
+        self.use_cache = use_cache
+        self._check()
+        super().__init__(
+            bos_token_id=bos_token_id, eos_token_id=eos_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs
+        )
+
+    def _check(self):
+        if self.mixing not in MIXING:
+            raise ValueError(f"mixing is {self.mixing!r}; it must be one of {', '.join(MIXING)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        if self.mixing == "none":
+            return
+        if not 0 <= self.insert_layer < self.n_layer:
+            raise ValueError(f"insert_layer ({self.insert_layer}) must be >= 0 and below n_layer ({self.n_layer})")
+        if not 0 < self.concept_topk <= self.concept_dim:
+            raise ValueError(
+                f"concept_topk ({self.concept_topk}) must be positive and at most concept_dim ({self.concept_dim})"
+            )
+
+    @property
+    def doubled_from(self) -> int:
+        """Index of the first block that sees 2T positions; n_layer where none does."""
+        return self.insert_layer if self.mixing == "interleave" else self.n_layer
+
+
+@dataclass
+class CoCoMixModelOutput(ModelOutput):
+    """Output of the blocks; the concept fields are None where `mixing` is "none"."""
+
+    last_hidden_state: torch.Tensor | None = None  # [B, T, d], after the final norm
+    concept_loss: torch.Tensor | None = None  # scalar float32, None without concept labels
+    concept_values: torch.Tensor | None = None  # [B, T, k] kept concept logits, descending
+    concept_indices: torch.Tensor | None = None  # [B, T, k] int64
+    past_key_values: Cache | None = None
+
+
+@dataclass
+class CoCoMixCausalLMOutput(ModelOutput):
+    """Output of `CoCoMixForCausalLM`."""
+
+    loss: torch.Tensor | None = None  # ntp_loss + concept_loss_weight * concept_loss
+    ntp_loss: torch.Tensor | None = None  # mean next-token cross-entropy
+    concept_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None  # [B, T, V]
+    concept_values: torch.Tensor | None = None
+    concept_indices: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+
+
+class QueryKeyValue(Conv1D):
+    """The QKV product; for concept queries, q is computed at the odd positions only."""
+
+    def __init__(self, width: int, n_head: int):
+        super().__init__(3 * width, width)
+        self.n_head = n_head
+
+    def forward(self, x, concept_queries=False):
+        """x [B, S, d] -> q [B, S or S/2, H, D], k, v [B, S, H, D]."""
+        width = x.shape[-1]
+        if concept_queries:
+            q = x[:, 1::2] @ self.weight[:, :width] + self.bias[:width]
+            k, v = (x @ self.weight[:, width:] + self.bias[width:]).split(width, dim=-1)
+        else:
+            q, k, v = super().forward(x).split(width, dim=-1)
+        return tuple(t.unflatten(-1, (self.n_head, -1)) for t in (q, k, v))
+
+
+class Attention(nn.Module):
+    """Causal self-attention over T or over 2T positions."""
+
+    def __init__(self, config: CoCoMixConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.doubled = layer >= config.doubled_from
+        self.c_attn = QueryKeyValue(config.n_embd, config.n_head)
+        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+
+    def forward(self, x, mask=None, cache=None, concept_queries=False):
+        """x [B, S, d] -> [B, S, d], or [B, S/2, d] for concept queries. `mask` [B or 1, 1, queries, keys] is needed
+        only where the cache already held positions or some tokens are padding."""
+        q, k, v = self.c_attn(x, concept_queries)
+        if cache is not None:
+            k, v = (t.transpose(1, 2) for t in cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer))
+        if mask is None and self.doubled:
+            out = interleaved_attention(q, k, v)
+        else:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
+        return self.c_proj(out.flatten(2))
+
+
+class FeedForward(nn.Module):
+    """d -> 4d -> d with the tanh form of GELU."""
+
+    def __init__(self, config: CoCoMixConfig):
+        super().__init__()
+        self.c_fc = Conv1D(4 * config.n_embd, config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, 4 * config.n_embd)
+
+    def forward(self, x):
+        """x [..., d] -> [..., d]."""
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, config: CoCoMixConfig, layer: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x, mask=None, cache=None, concept_queries=False):
+        """x [B, S, d] -> [B, S, d]; with `concept_queries` (the last doubled block) only the odd positions are
+        computed, [B, S/2, d]: the even ones serve as keys and values and for nothing else."""
+        attended = self.attn(self.ln_1(x), mask, cache, concept_queries)
+        x = (x[:, 1::2] if concept_queries else x) + attended
+        return x + self.mlp(self.ln_2(x))
+
+
+class ConceptPredictor(nn.Linear):
+    """W_p and b_p: the linear layer over concepts, with its TopK and its loss."""
+
+    def forward(self, x, k, labels=None):
+        """x [N, d], labels [N, K] or None -> `ConceptHead`."""
+        return concept_head(x, self.weight, self.bias, k, labels)
+
+
+class CompressLayer(nn.Module):
+    """W_c and b_c: kept concept logits -> one continuous concept a token. The weight holds one row a concept."""
+
+    def __init__(self, concept_dim: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(concept_dim, width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, hidden, values, indices, pre_bias, mean, std, mixing):
+        """hidden [B, T, d] -> [B, 2T, d] for "interleave", [B, T, d] for "add"."""
+        if mixing == "interleave":
+            return concept_mix(hidden, values, indices, self.weight, self.bias, pre_bias, mean, std)
+        concepts = concept_vectors(values, indices, self.weight, self.bias, pre_bias, mean, std)
+        return hidden + concepts.to(hidden.dtype)
+
+
+class LanguageModelHead(nn.Linear):
+    """The vocabulary product, or its loss without logits."""
+
+    def forward(self, x, labels=None):
+        """x [..., d] -> logits [..., V]; with labels [...], the mean cross-entropy (-100 is ignored)."""
+        if labels is None:
+            return super().forward(x)
+        return linear_cross_entropy(x.flatten(0, -2), self.weight, labels.flatten())
+
+
+class CoCoMixPreTrainedModel(PreTrainedModel):
+    """Initialisation and loading as transformers expects them."""
+
+    config_class = CoCoMixConfig
+    base_model_prefix = "transformer"
+    _supports_sdpa = True
+    _no_split_modules = ["Block"]
+    _skip_keys_device_placement = ["past_key_values"]
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        std = self.config.initializer_range
+        if isinstance(module, (Conv1D, nn.Linear, nn.Embedding, CompressLayer)):
+            nn.init.normal_(module.weight, std=std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, (Attention, FeedForward)):  # two residual additions a block
+            nn.init.normal_(module.c_proj.weight, std=std / math.sqrt(2 * self.config.n_layer))
+        elif isinstance(module, CoCoMixModel) and module.pre_bias is not None:
+            nn.init.zeros_(module.pre_bias)
+
+
+class CoCoMixModel(CoCoMixPreTrainedModel):
+    """Embeddings, blocks, concept prediction and mixing, final norm."""
+
+    def __init__(self, config: CoCoMixConfig):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        if config.mixing == "none":
+            self.pre_bias = None
+        else:
+            self.pre_bias = nn.Parameter(torch.zeros(config.n_embd))
+            self.concept_predictor = ConceptPredictor(config.n_embd, config.concept_dim)
+            self.compress_layer = CompressLayer(config.concept_dim, config.n_embd)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        """The token embedding."""
+        return self.wte
+
+    def set_input_embeddings(self, value):
+        """Replace the token embedding."""
+        self.wte = value
+
+    def forward(
+        self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None,
+        concept_labels=None, **_,
+    ):
+        """input_ids [B, T], concept_labels [B, T, K] (-1: none) -> `CoCoMixModelOutput`.
+
+        `attention_mask` [B, past + T] is 0 at padding. Raises `ValueError` where past + T exceeds n_positions.
+        """
+        config = self.config
+        if past_key_values is None and use_cache:
+            past_key_values = DynamicCache()
+        n_past = self._cached_tokens(past_key_values)
+        positions = self._positions(input_ids, attention_mask, position_ids, n_past)
+        token_mask, doubled_mask = self._masks(input_ids, attention_mask, n_past)
+        x = self.wte(input_ids) + self.wpe(positions)
+        concepts, concept_queries = None, False
+        for layer, block in enumerate(self.h):
+            if layer == config.insert_layer and config.mixing != "none":
+                x, concepts = self._mix(x, concept_labels)
+            mask = token_mask
+            if layer >= config.doubled_from:
+                concept_queries = layer == config.n_layer - 1
+                mask = doubled_mask if doubled_mask is None or not concept_queries else doubled_mask[:, :, 1::2]
+            x = block(x, mask, past_key_values, concept_queries)
+        concepts = concepts or {}
+        return CoCoMixModelOutput(last_hidden_state=self.ln_f(x), past_key_values=past_key_values, **concepts)
+
+    def _mix(self, hidden, labels):
+        """Predict concepts from hidden [B, T, d] and mix them in; also returns what was predicted."""
+        config = self.config
+        wide = hidden.float() if hidden.dtype != torch.float64 else hidden
+        std, mean = torch.std_mean(wide, dim=-1, keepdim=True)
+        normalised = ((wide - mean) / (std + _NORM_EPS)).to(hidden.dtype) - self.pre_bias
+        labels = None if labels is None else labels.flatten(0, 1)
+        head = self.concept_predictor(normalised.flatten(0, 1), config.concept_topk, labels)
+        values, indices = (t.unflatten(0, hidden.shape[:2]) for t in (head.values, head.indices))
+        mixed = self.compress_layer(hidden, values, indices, self.pre_bias, mean, std, config.mixing)
+        return mixed, {"concept_loss": head.loss, "concept_values": values, "concept_indices": indices}
+
+    def _cached_tokens(self, cache) -> int:
+        if cache is None:
+            return 0
+        return cache.get_seq_length(0) // (2 if self.config.doubled_from == 0 else 1)
+
+    def _positions(self, input_ids, attention_mask, position_ids, n_past):
+        end = n_past + input_ids.shape[1]
+        if end > self.config.n_positions:
+            raise ValueError(
+                f"the sequence has {end} tokens but the model's context holds n_positions={self.config.n_positions}"
+            )
+        if position_ids is not None:
+            return position_ids
+        if attention_mask is not None and attention_mask.dim() == 2:
+            return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, n_past:end]
+        return torch.arange(n_past, end, device=input_ids.device)
+
+    def _masks(self, input_ids, attention_mask, n_past):
+        """Explicit masks over tokens and over the doubled sequence; None where plain causal attention will do."""
+        padded = attention_mask is not None and not bool(attention_mask.all())
+        if n_past == 0 and not padded:
+            return None, None
+        keep = attention_mask.bool() if padded else None
+        token_mask = _causal_mask(n_past, input_ids.shape[1], keep, input_ids.device)
+        if self.config.doubled_from == self.config.n_layer:
+            return token_mask, None
+        keep = keep.repeat_interleave(2, dim=1) if padded else None
+        return token_mask, _causal_mask(2 * n_past, 2 * input_ids.shape[1], keep, input_ids.device)
+
+
+def _causal_mask(n_past, n_new, keep, device):  # bool [B or 1, 1, n_new, n_past + n_new], True where attended
+    keys = torch.arange(n_past + n_new, device=device)
+    queries = keys[n_past:, None]
+    mask = (keys <= queries)[None, None]
+    if keep is None:
+        return mask
+    # A padding position still sees itself: a row without any key would be NaN and spoil what it is a value for.
+    return (mask & keep[:, None, None, :]) | (keys == queries)
+
+
+class CoCoMixForCausalLM(CoCoMixPreTrainedModel, GenerationMixin):
+    """CoCoMix language model with a tied head: trains, generates, saves and loads as any transformers model."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+
+    def __init__(self, config: CoCoMixConfig):
+        super().__init__(config)
+        self.transformer = CoCoMixModel(config)
+        self.lm_head = LanguageModelHead(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None, labels=None,
+        concept_labels=None, concept_token_count=None, return_logits=None, logits_to_keep=0, **_,
+    ):
+        """Next-token prediction and concept prediction.
+
+        input_ids [B, T] int64; labels [B, T] (usually input_ids: shifted inside, -100 is ignored); concept_labels
+        [B, T, K] (-1: none), ignored for mixing="none". `concept_token_count` replaces the number of labelled tokens
+        that the concept loss is divided by, so that micro batches add up to one batch. Logits are computed when
+        labels is None or `return_logits`, for the last `logits_to_keep` positions (0: all).
+        """
+        use_cache = self.config.use_cache and labels is None if use_cache is None else use_cache
+        out = self.transformer(
+            input_ids, attention_mask, position_ids, past_key_values, use_cache, concept_labels
+        )
+        hidden, loss, ntp_loss, concept_loss, logits = out.last_hidden_state, None, None, out.concept_loss, None
+        if labels is None or return_logits:
+            logits = self.lm_head(hidden[:, -logits_to_keep:])
+        if labels is not None:
+            ntp_loss = self._next_token_loss(hidden, labels)
+        if concept_loss is not None and concept_token_count is not None:
+            labelled = (concept_labels >= 0).any(-1).sum()
+            concept_loss = concept_loss * (labelled / concept_token_count)
+        if ntp_loss is not None:
+            loss = ntp_loss if concept_loss is None else ntp_loss + self.config.concept_loss_weight * concept_loss
+        return CoCoMixCausalLMOutput(
+            loss=loss, ntp_loss=ntp_loss, concept_loss=concept_loss, logits=logits,
+            concept_values=out.concept_values, concept_indices=out.concept_indices,
+            past_key_values=out.past_key_values if use_cache else None,
+        )
+
+    def _next_token_loss(self, hidden, labels):
+        if hidden.shape[1] < 2:  # a one-token window predicts nothing
+            return hidden.sum() * 0.0
+        return self.lm_head(hidden[:, :-1], labels[:, 1:])
+
+    @classmethod
+    def from_reference(cls, path_or_state_dict, *, concept_dim, insert_layer, concept_topk, n_head=None):
+        """Load a checkpoint of the paper's public code: a folder, or a bare state dict (which needs `n_head`).
+
+        The public code stores `compress_layer.weight` as [d, C]; it is transposed here. Raises `CocomixError` where
+        the checkpoint and the given settings contradict each other.
+        """
+        from cocomix.conversion import from_reference
+
+        return from_reference(cls, path_or_state_dict, concept_dim, insert_layer, concept_topk, n_head)
+
+    @classmethod
+    def from_gpt2(cls, path_or_model):
+        """Take over any GPT-2 in transformers' format (a folder, hub name or model), as mixing="none".
+
+        Raises `CocomixError` for another architecture or a variant of GPT-2 that computes something else.
+        """
+        from cocomix.conversion import from_gpt2
+
+        return from_gpt2(cls, path_or_model)
+
+
+AutoConfig.register("cocomix", CoCoMixConfig, exist_ok=True)
+AutoModelForCausalLM.register(CoCoMixConfig, CoCoMixForCausalLM, exist_ok=True)
