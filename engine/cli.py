@@ -1,0 +1,117 @@
+"""The command line: one subcommand a capability. Everything heavy is imported by the subcommand that needs it."""
+
+import argparse
+import importlib.metadata
+import sys
+
+from cocomix.errors import CocomixError
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 for input that the user can mend, 75 for an interrupted
+    training run that was saved, 130 for any other interrupt."""
+    options = _parse(arguments)
+    try:
+        return options.run(options) or 0
+    except CocomixError as error:
+        print(f"cocomix {options.command}: error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"\ncocomix {options.command}: interrupted; the same command goes on from what is complete",
+              file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _parse(arguments):
+    parser = argparse.ArgumentParser(
+        prog="cocomix", description="Pretrain language models with continuous concepts (CoCoMix, arXiv 2502.08524).",
+        epilog="CONFIG is a YAML file; KEY.SUB=VALUE arguments override its settings. See configs/ for examples.",
+    )
+    parser.add_argument("--version", action="version", version=importlib.metadata.version("cocomix"))
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_config_command(commands, "data", _data, "turn text into a tokenizer and token files")
+    train = _add_config_command(commands, "train", _train, "pretrain a student (model.mixing=none: the NTP baseline)")
+    train.add_argument("--resume", action="store_true",
+                       help="go on with the batch after the newest checkpoint, or start where there is none")
+    _add_config_command(commands, "sae", _sae, "train a TopK sparse autoencoder on a block of the teacher")
+    _add_config_command(commands, "labels", _labels, "compute the cache of concept labels; goes on where it stopped")
+    evaluate = commands.add_parser("eval", help="validation perplexity of a checkpoint")
+    evaluate.add_argument("checkpoint", help="a transformers folder, a checkpoint, or the folder of a run")
+    evaluate.add_argument("--data", help="folder of token files (default: the one that the run was trained on)")
+    evaluate.add_argument("--seq-len", type=int, help="tokens in a window (default: the model's context length)")
+    evaluate.add_argument("--batch", type=int, default=8, help="windows in one forward pass (default: 8)")
+    evaluate.add_argument("--windows", type=int, default=0, help="windows to read (default: all)")
+    evaluate.set_defaults(run=_eval)
+    report = commands.add_parser("report", help="compare runs: a table, and a page with their curves")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folders of training runs")
+    report.add_argument("--out", default="report", help="folder for report.html and its figures (default: report)")
+    report.set_defaults(run=_report)
+    options, rest = parser.parse_known_args(arguments)
+    # argparse does not take more KEY=VALUE arguments after an option, so they end up in the rest
+    overrides = [text for text in rest if "=" in text and not text.startswith("-")]
+    unknown = [text for text in rest if text not in overrides]
+    if unknown or (overrides and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or overrides)}")
+    if overrides:
+        options.overrides += overrides
+    return options
+
+
+def _add_config_command(commands, name, run, summary):
+    parser = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file of settings")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example train.lr=3e-4")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _config(options):
+    from cocomix.config import load_config
+
+    return load_config(options.config, options.overrides)
+
+
+def _data(options):
+    from cocomix.data import prepare
+
+    prepare(_config(options).data)
+
+
+def _train(options):
+    from cocomix.trainer import train
+
+    return train(_config(options), resume=options.resume)
+
+
+def _sae(options):
+    from cocomix.sae_training import run
+
+    run(_config(options))
+
+
+def _labels(options):
+    from cocomix.labels import run
+
+    run(_config(options))
+
+
+def _eval(options):
+    from cocomix.evaluate import evaluate_checkpoint
+
+    evaluate_checkpoint(options.checkpoint, options.data, options.seq_len, options.batch, options.windows)
+
+
+def _report(options):
+    from cocomix.report import comparison_table, load_run, write_report
+
+    runs = [load_run(folder) for folder in options.runs]
+    print(comparison_table(runs))
+    print(f"report: {write_report(runs, options.out)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Validation loss and perplexity over the windows of a token file."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cocomix.data import TokenSplit
+from cocomix.errors import CocomixError
+from cocomix.files import read_json
+
+
+@torch.no_grad()
+def validation_loss(
+    model, split: TokenSplit, seq_len: int, batch: int, device, *, max_windows: int = 0, rank: int = 0, world: int = 1
+) -> tuple[torch.Tensor, int]:
+    """Sum of the next-token losses (nats, float64 scalar) and number of predictions, over this rank's windows.
+
+    Reads windows rank, rank + world, ... of the first `max_windows` (0: all) windows of `seq_len` tokens.
+    """
+    n_windows = split.n_windows(seq_len)
+    mine = range(rank, min(n_windows, max_windows or n_windows), world)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(mine), batch):
+        windows = np.stack([split.window(i, seq_len) for i in mine[start : start + batch]])
+        ids = torch.from_numpy(windows).to(device)
+        out = model(input_ids=ids, labels=ids, use_cache=False)
+        loss = out.loss if getattr(out, "ntp_loss", None) is None else out.ntp_loss
+        total += loss.double() * len(windows) * (seq_len - 1)
+    model.train(was_training)
+    return total, len(mine) * (seq_len - 1)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite rather than an overflow."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def evaluate_checkpoint(checkpoint, data=None, seq_len: int | None = None, batch: int = 8, windows: int = 0) -> float:
+    """`cocomix eval`: print and return the validation perplexity of a checkpoint.
+
+    `checkpoint` is a transformers folder, a checkpoint or a run; `data` a folder of token files, by default the one
+    that the run was trained on. Raises `CocomixError` where model, data and window length do not fit.
+    """
+    from cocomix.checkpoint import model_folder
+    from cocomix.data import TokenFiles
+    from cocomix.distributed import own_device
+    from cocomix.labels import require_vocabulary
+    from cocomix.teacher import load_language_model
+
+    device = own_device()
+    model = load_language_model(model_folder(checkpoint)).to(device)
+    tokens = TokenFiles.open(data or _data_of_run(checkpoint))
+    require_vocabulary(model, tokens)
+    context = model.config.max_position_embeddings
+    seq_len = seq_len or context
+    if not 2 <= seq_len <= context:
+        raise CocomixError(f"--seq-len is {seq_len}: this model takes windows of 2 to {context} tokens")
+    total, count = validation_loss(model, tokens.split("val"), seq_len, batch, device, max_windows=windows)
+    loss = float(total) / count
+    print(f"{checkpoint}: validation loss {loss:.4f} nats, perplexity {perplexity(loss):.2f} "
+          f"({count:,} predictions in windows of {seq_len} tokens)")
+    return perplexity(loss)
+
+
+def _data_of_run(checkpoint) -> str:
+    for folder in (Path(checkpoint), *Path(checkpoint).absolute().parents):
+        if (folder / "run.json").is_file():
+            return read_json(folder / "run.json", "the run's description")["config"]["data"]["folder"]
+    raise CocomixError(f"{checkpoint} does not lie in the folder of a run: name the token files with --data FOLDER")

@@ -1,0 +1,418 @@
+"""Pretraining with DeepSpeed ZeRO: tokens and concept labels in, metrics, checkpoints and a model out."""
+
+import dataclasses
+import importlib.metadata
+import math
+import signal
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from cocomix.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, save_model
+from cocomix.config import Config, TrainConfig
+from cocomix.data import MicroBatchSampler, TokenFiles, WindowDataset, WindowOrder
+from cocomix.distributed import Ranks, import_deepspeed, process_group
+from cocomix.errors import CocomixError
+from cocomix.evaluate import perplexity, validation_loss
+from cocomix.files import read_json, write_json
+from cocomix.labels import LabelCache, data_fingerprints, require_vocabulary
+from cocomix.metrics import MetricsLog, peak_memory_gib, progress_bar
+
+EXIT_RESUME = 75  # the run was interrupted and saved: start it again with --resume (EX_TEMPFAIL of sysexits.h)
+
+_MANAGED = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
+    "gradient_clipping": "train.grad_clip",
+    "optimizer": "train.lr, train.beta1, train.beta2, train.eps and train.weight_decay",
+    "scheduler": "train.warmup_steps and train.min_lr_ratio",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+}
+
+
+def learning_rate_factor(config: TrainConfig, total_steps: int):
+    """Step (0-based) -> share of the peak rate: linear warm-up, then cosine to `min_lr_ratio`, as in the paper."""
+
+    def factor(step: int) -> float:
+        if step < config.warmup_steps:
+            return (step + 1) / config.warmup_steps
+        progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+        return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return factor
+
+
+def deepspeed_config(config: Config, world: int) -> dict:
+    """DeepSpeed's settings: the config's `deepspeed:` section with the training section filled in.
+
+    Raises `CocomixError` where the section sets what belongs to `train:`, and where batch sizes do not divide.
+    """
+    train = config.train
+    for key, owner in _MANAGED.items():
+        if key in config.deepspeed:
+            raise CocomixError(f"deepspeed.{key} is filled in from {owner}: set that instead")
+    if config.deepspeed.get("zero_optimization", {}).get("stage", train.zero_stage) != train.zero_stage:
+        raise CocomixError("deepspeed.zero_optimization.stage is filled in from train.zero_stage: set that instead")
+    if train.global_batch % (train.micro_batch * world):
+        raise CocomixError(
+            f"train.global_batch ({train.global_batch}) must be a multiple of train.micro_batch ({train.micro_batch}) "
+            f"x {world} ranks"
+        )
+    settings = {
+        "train_batch_size": train.global_batch,
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": train.global_batch // (train.micro_batch * world),
+        "gradient_clipping": train.grad_clip,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        **config.deepspeed,
+        "zero_optimization": {**config.deepspeed.get("zero_optimization", {}), "stage": train.zero_stage},
+    }
+    if train.precision == "bf16":
+        # Without these two DeepSpeed sums gradients over micro batches and ranks in bf16.
+        settings |= {
+            "bf16": {"enabled": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
+        }
+    return settings
+
+
+def train(config: Config, resume: bool = False) -> int:
+    """`cocomix train`: pretrain, and return the exit code (0, or `EXIT_RESUME` when interrupted).
+
+    With `resume` the run goes on with the batch after its newest checkpoint (or starts where there is none).
+    Raises `CocomixError` for input that does not fit.
+    """
+    run = Path(config.train.run)
+    if _finished(run, config) and resume:
+        print(f"{run} is finished: {config.total_steps} steps; its model is in {run / 'model'}")
+        return 0
+    if not resume and latest_checkpoint(run) is not None:
+        raise CocomixError(f"{run} already holds a run: pass --resume to go on with it, or set another train.run")
+    with process_group(config.train.timeout_minutes) as ranks:
+        trainer = Trainer(config, ranks)
+        try:
+            return trainer.fit()
+        finally:
+            trainer.close()
+
+
+def _finished(run: Path, config: Config) -> bool:
+    latest = latest_checkpoint(run)
+    if latest is None or not (run / "model" / "config.json").exists():
+        return False
+    return read_json(latest / "trainer.json", "the checkpoint's training state")["step"] >= config.total_steps
+
+
+class LabelSource:
+    """Where a training run's concept labels come from: nowhere (mixing="none"), the cache, or the teacher."""
+
+    def __init__(self, config: Config, tokens: TokenFiles, device: torch.device):
+        self.cache = self.teacher = None
+        self.kind = None
+        if config.model.mixing == "none":
+            return
+        if config.labels.cache:
+            self.kind, self.cache = "cached", _open_cache(config, tokens)
+        else:
+            from cocomix.teacher import ConceptTeacher
+
+            self.kind, self.teacher = "online", ConceptTeacher.from_config(config.teacher, device)
+            require_vocabulary(self.teacher.model, tokens)
+            _require_concepts(config, self.teacher.sae.n_latents, "the SAE")
+
+    def add_to(self, batch: dict) -> None:
+        """Put `concept_labels` [B, T, K] into a batch that lacks them."""
+        if self.teacher is not None:
+            batch["concept_labels"] = self.teacher.labels(batch["input_ids"])
+
+
+def _open_cache(config, tokens):
+    cache = LabelCache.open(config.labels.cache)
+    expected = data_fingerprints(config, tokens) | {
+        "layer": str(config.teacher.layer), "label_topk": str(config.teacher.label_topk)
+    }
+    if config.teacher.model and config.teacher.sae:
+        from cocomix.teacher import ConceptTeacher
+
+        teacher = ConceptTeacher.from_config(config.teacher, torch.device("cpu"))
+        _require_concepts(config, teacher.sae.n_latents, "the SAE")
+        expected |= teacher.fingerprints()
+    cache.require(expected)
+    cache.require_complete()
+    return cache
+
+
+def _require_concepts(config, n_latents, what):
+    if n_latents != config.model.concept_dim:
+        raise CocomixError(f"model.concept_dim is {config.model.concept_dim} but {what} has {n_latents} latents")
+
+
+class Trainer:
+    """One training run: model, DeepSpeed engine, data position, metrics and checkpoints."""
+
+    def __init__(self, config: Config, ranks: Ranks):
+        self.config, self.ranks = config, ranks
+        self.run = Path(config.train.run)
+        self.tokens = TokenFiles.open(config.data.folder)
+        self.train_split, self.val_split = self.tokens.split("train"), self.tokens.split("val")
+        self.val_split.n_windows(config.data.seq_len)
+        self.labels = LabelSource(config, self.tokens, ranks.device)
+        self.tokenizer = self.tokens.tokenizer()
+        self.engine = self._build_engine()
+        self.step, self.elapsed_s = 0, 0.0
+        checkpoint = latest_checkpoint(self.run)
+        if checkpoint is not None:
+            state = load_checkpoint(self.engine, checkpoint, ranks)
+            self._require_same_data(state, checkpoint)
+            self.step, self.elapsed_s = state["step"], state["elapsed_s"]
+        self.log = self._open_log()
+        self.validation_loss = None
+        self.stop_signal = None
+
+    def _build_engine(self):
+        from cocomix.model import CoCoMixConfig, CoCoMixForCausalLM
+
+        train = self.config.train
+        torch.manual_seed(train.seed)
+        model = CoCoMixForCausalLM(CoCoMixConfig(
+            **dataclasses.asdict(self.config.model), vocab_size=self.tokens.vocab_size,
+            n_positions=self.config.data.seq_len, bos_token_id=self.tokens.eot_id, eos_token_id=self.tokens.eot_id,
+        )).to(self.ranks.device)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps,
+            weight_decay=train.weight_decay, fused=True,
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, learning_rate_factor(train, self.config.total_steps))
+        engine, *_ = import_deepspeed().initialize(
+            model=model, optimizer=optimizer, lr_scheduler=schedule,
+            config=deepspeed_config(self.config, self.ranks.world),
+        )
+        return engine
+
+    def _open_log(self) -> MetricsLog | None:
+        if not self.ranks.is_first:
+            return None
+        description = self._describe()
+        write_json(self.run / "run.json", description)
+        return MetricsLog(self.run, self.config.train, self.step, description)
+
+    def _describe(self) -> dict:
+        device = self.ranks.device
+        return {
+            "name": self.run.name,
+            "mode": self.config.model.mixing,
+            "labels": self.labels.kind,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
+            f"CPU, {torch.get_num_threads()} threads",
+            "world_size": self.ranks.world,
+            "parameters": sum(p.numel() for p in self.engine.module.parameters()),
+            "tokens_per_step": self.config.tokens_per_step,
+            "total_steps": self.config.total_steps,
+            "seq_len": self.config.data.seq_len,
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "cocomix")},
+            "config": dataclasses.asdict(self.config),
+            "data": {
+                "vocab_size": self.tokens.vocab_size,
+                "train_tokens": self.train_split.n_tokens,
+                "val_tokens": self.val_split.n_tokens,
+                "val_unigram_perplexity": self.tokens.meta["val_unigram_perplexity"],
+            },
+        }
+
+    def fit(self) -> int:
+        """Train to the end or to an interrupt; returns the exit code."""
+        total, train = self.config.total_steps, self.config.train
+        batches = self._batches()
+        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        bar = progress_bar(self.run.name, total, self.step, self.ranks.is_first)
+        interval = _Interval()
+        try:
+            while self.step < total:
+                interval.add(self._train_step(batches))
+                self.step += 1
+                bar.update()
+                stop = self._must_stop()
+                if stop or self.step % train.log_every == 0 or self.step == total:
+                    self._log_interval(interval, bar)
+                if self.step % train.eval_every == 0 or self.step == total:
+                    interval.pause(self._evaluate)
+                if stop or self.step % train.save_every == 0 or self.step == total:
+                    interval.pause(self._save)
+                if stop:
+                    return self._interrupted()
+        finally:
+            bar.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        self._finish()
+        return 0
+
+    def close(self) -> None:
+        """Close the metrics and release the engine."""
+        if self.log is not None:
+            self.log.close()
+        self.engine.destroy()
+
+    def _batches(self):
+        config = self.config
+        dataset = WindowDataset(self.train_split, config.data.seq_len, self.labels.cache)
+        sampler = MicroBatchSampler(
+            WindowOrder(len(dataset), config.train.seed), config.train.global_batch, config.train.micro_batch,
+            self.ranks.rank, self.ranks.world, self.step, config.total_steps,
+        )
+        return iter(DataLoader(dataset, batch_sampler=sampler, pin_memory=self.ranks.device.type == "cuda"))
+
+    def _train_step(self, batches) -> dict[str, torch.Tensor]:
+        """One optimizer step; returns the sums of the losses over this rank's micro batches."""
+        rounds = self.engine.gradient_accumulation_steps()
+        micro_batches = [
+            {name: tensor.to(self.ranks.device, non_blocking=True) for name, tensor in next(batches).items()}
+            for _ in range(rounds)
+        ]
+        for batch in micro_batches:
+            self.labels.add_to(batch)
+        share = self._labelled_tokens(micro_batches) / (rounds * self.ranks.world)
+        sums = {}
+        for batch in micro_batches:
+            out = self.engine(**batch, labels=batch["input_ids"], concept_token_count=share)
+            self.engine.backward(out.loss)
+            self.engine.step()
+            for name in ("loss", "ntp_loss", "concept_loss"):
+                if getattr(out, name) is not None:
+                    sums[name] = sums.get(name, 0) + getattr(out, name).detach()
+        return sums
+
+    def _labelled_tokens(self, micro_batches) -> torch.Tensor:
+        """Tokens with a label in the whole global batch: what the concept loss of each micro batch is divided by, so
+        that any split into ranks and rounds gives the same gradient."""
+        count = torch.zeros((), device=self.ranks.device)
+        if self.labels.kind is None:
+            return count
+        for batch in micro_batches:
+            count += (batch["concept_labels"] >= 0).any(-1).sum()
+        return self.ranks.sum(count).clamp(min=1)
+
+    def _log_interval(self, interval, bar) -> None:
+        names = sorted(interval.sums)
+        sums = torch.stack([interval.sums[name].double() for name in names])
+        count = interval.steps * self.engine.gradient_accumulation_steps() * self.ranks.world
+        losses = dict(zip(names, (self.ranks.sum(sums) / count).tolist(), strict=True))
+        seconds = interval.close()  # after the host has waited for the losses
+        step_time = seconds / interval.steps
+        self.elapsed_s += seconds
+        interval.reset()
+        if not math.isfinite(losses["loss"]):
+            raise CocomixError(
+                f"the loss is {losses['loss']} at step {self.step}: lower train.lr or raise train.warmup_steps, then "
+                "resume from the last checkpoint"
+            )
+        if self.log is None:
+            return
+        grad_norm = self.engine.get_global_grad_norm()
+        self.log.write(
+            "train", self.step, self.step * self.config.tokens_per_step, **losses,
+            **({} if "concept_loss" in losses else {"concept_loss": None}),
+            lr=self.engine.get_lr()[0], grad_norm=math.nan if grad_norm is None else float(grad_norm),
+            step_time_s=step_time, tokens_per_s=self.config.tokens_per_step / step_time,
+            peak_memory_gib=peak_memory_gib(self.ranks.device), elapsed_s=self.elapsed_s,
+        )
+        bar.set_postfix_str(
+            f"loss {losses['loss']:.3f}, {self.config.tokens_per_step / step_time:,.0f} tok/s", refresh=False)
+
+    def _evaluate(self) -> None:
+        config = self.config
+        total, count = validation_loss(
+            self.engine.module, self.val_split, config.data.seq_len, config.train.micro_batch, self.ranks.device,
+            max_windows=config.train.eval_windows, rank=self.ranks.rank, world=self.ranks.world,
+        )
+        sums = self.ranks.sum(torch.stack([total, torch.tensor(float(count), dtype=torch.float64,
+                                                               device=self.ranks.device)]))
+        self.validation_loss = float(sums[0] / sums[1])
+        if self.log is not None:
+            self.log.write("eval", self.step, self.step * config.tokens_per_step, loss=self.validation_loss,
+                           perplexity=perplexity(self.validation_loss), elapsed_s=self.elapsed_s)
+
+    def _save(self) -> None:
+        state = {
+            "elapsed_s": self.elapsed_s, "world_size": self.ranks.world, "zero_stage": self.config.train.zero_stage,
+            "seed": self.config.train.seed, "global_batch": self.config.train.global_batch,
+            "data": self.train_split.fingerprint, "seq_len": self.config.data.seq_len,
+        }
+        save_checkpoint(self.engine, self.run, self.step, state, self.ranks, self.config.train.keep_checkpoints,
+                        self.tokenizer)
+
+    def _require_same_data(self, state, checkpoint) -> None:
+        now = {"seed": self.config.train.seed, "global_batch": self.config.train.global_batch,
+               "data": self.train_split.fingerprint, "seq_len": self.config.data.seq_len}
+        differing = [f"{key} was {state[key]} and is {value}" for key, value in now.items() if state[key] != value]
+        if differing:
+            raise CocomixError(
+                f"{checkpoint} was trained on other batches: {'; '.join(differing)}. Use the config that the run was "
+                "started with, or another train.run"
+            )
+
+    def _finish(self) -> None:
+        if self.validation_loss is None:  # interrupted between the last checkpoint and here
+            self._evaluate()
+        save_model(self.engine, self.run / "model", self.ranks, self.tokenizer)
+        if self.log is None:
+            return
+        loss = self.validation_loss
+        times = sorted(self.log.step_times()[1:] or self.log.step_times())  # the first holds start-up costs
+        median = statistics.median(times)
+        self.log.write(
+            "summary", self.step, self.step * self.config.tokens_per_step, perplexity=perplexity(loss), loss=loss,
+            tokens_per_s=self.config.tokens_per_step / median, step_time_s=median,
+            step_time_p10_s=times[len(times) // 10], step_time_p90_s=times[-1 - len(times) // 10],
+            peak_memory_gib=self.log.peak_memory_gib(), elapsed_s=self.elapsed_s,
+        )
+        print(f"{self.run}: validation perplexity {perplexity(loss):.2f} after {self.step} steps; "
+              f"the model is in {self.run / 'model'}")
+
+    def _on_signal(self, number, _frame):
+        if self.stop_signal is not None:  # asked twice: no more patience for a checkpoint
+            raise KeyboardInterrupt
+        self.stop_signal = number
+
+    def _must_stop(self) -> bool:
+        """Whether any rank was told to stop. Ranks agree on logging steps only, so that no other step waits."""
+        if self.ranks.world > 1 and self.step % self.config.train.log_every:
+            return False
+        return self.ranks.any(self.stop_signal is not None)
+
+    def _interrupted(self) -> int:
+        if self.ranks.is_first:
+            print(f"\ninterrupted: saved step {self.step} of {self.config.total_steps}; go on with --resume")
+        return EXIT_RESUME
+
+
+class _Interval:
+    """Losses and wall-clock time between two log lines, without evaluations and saves."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self):
+        self.sums, self.steps, self._start, self._paused = {}, 0, time.perf_counter(), 0.0
+
+    def add(self, sums):
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+        self.steps += 1
+
+    def pause(self, work):
+        start = time.perf_counter()
+        work()
+        self._paused += time.perf_counter() - start
+
+    def close(self) -> float:
+        return time.perf_counter() - self._start - self._paused
