@@ -1,0 +1,176 @@
+"""What a training step costs: plain next-token prediction against CoCoMix, cached and online labels.
+
+    python benchmarks/bench_step.py [--threads 4] [--tokens 1024] [--rounds 9] [--json FILE]
+
+One forward and backward pass of the paper's 69M student over one window, in float32 on the CPU (bfloat16 on a GPU),
+without the optimizer. Rounds alternate between the modes, so a machine that drifts hits all of them; times are
+medians with the 10th and 90th percentile, ratios are medians of the per-round ratios. Peak memory is taken in a
+process of its own for each mode, as what the step needs above the bare interpreter with its imports.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cocomix import CoCoMixConfig, CoCoMixForCausalLM, ConceptTeacher, SparseAutoencoder
+from cocomix.files import write_json
+from cocomix.flops import StudentShape, TeacherShape, ideal_ratio
+from cocomix.metrics import peak_memory_gib
+
+STUDENT = StudentShape(n_embd=512, n_layer=8, insert_layer=3, vocab_size=50257, seq_len=1024, concept_dim=32768,
+                       concept_topk=32)
+TEACHER = TeacherShape(n_embd=768, n_layer=12, layer=5, vocab_size=50257, n_latents=32768)  # GPT-2 124M
+LABEL_TOPK = 4
+MODES = ("ntp", "cached", "online")
+TARGET = {"cached": 1.8, "online": 3.5, "memory": 1.6}
+
+
+def build_student(mixing: str, seq_len: int, device) -> CoCoMixForCausalLM:
+    """The 69M student with fresh weights."""
+    torch.manual_seed(0)
+    shape = {**dataclasses.asdict(STUDENT), "n_positions": seq_len}
+    del shape["seq_len"]
+    model = CoCoMixForCausalLM(CoCoMixConfig(**shape, n_head=8, mixing=mixing))
+    return model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).train()
+
+
+def build_teacher(seq_len: int, device) -> ConceptTeacher:
+    """A GPT-2-124M-shaped teacher and its SAE, with random weights: the arithmetic does not depend on them."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(1)
+    model = GPT2LMHeadModel(GPT2Config(n_positions=seq_len))
+    weights = [torch.randn(TEACHER.n_latents, TEACHER.n_embd) * TEACHER.n_embd**-0.5 for _ in range(2)]
+    sae = SparseAutoencoder(weights[0], torch.zeros(TEACHER.n_latents), torch.zeros(TEACHER.n_embd), weights[1], k=32,
+                            normalize=True)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return ConceptTeacher(model.to(device, dtype), sae.to(device, dtype), TEACHER.layer, LABEL_TOPK)
+
+
+class Step:
+    """One mode's forward and backward pass."""
+
+    def __init__(self, mode: str, seq_len: int, device):
+        generator = torch.Generator().manual_seed(2)
+        self.ids = torch.randint(STUDENT.vocab_size, (1, seq_len), generator=generator).to(device)
+        self.labels = torch.randint(STUDENT.concept_dim, (1, seq_len, LABEL_TOPK), generator=generator).to(device)
+        self.model = build_student("none" if mode == "ntp" else "interleave", seq_len, device)
+        self.teacher = build_teacher(seq_len, device) if mode == "online" else None
+        self.mode = mode
+
+    def __call__(self) -> None:
+        """Gradients of one window into fresh buffers, as in training."""
+        labels = None if self.mode == "ntp" else self.labels
+        if self.teacher is not None:
+            labels = self.teacher.labels(self.ids)
+        self.model(self.ids, labels=self.ids, concept_labels=labels).loss.backward()
+        self.model.zero_grad(set_to_none=True)
+
+
+def seconds(step: Step, device) -> float:
+    """Wall-clock seconds of one step."""
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure_times(seq_len: int, rounds: int, device) -> dict[str, np.ndarray]:
+    """Seconds of each mode in each round, after two rounds of warm-up."""
+    steps = {mode: Step(mode, seq_len, device) for mode in MODES}
+    times = {mode: [] for mode in MODES}
+    for _ in range(rounds + 2):
+        for mode, step in steps.items():
+            times[mode].append(seconds(step, device))
+    return {mode: np.array(values[2:]) for mode, values in times.items()}
+
+
+def measure_memory(mode: str, seq_len: int, device) -> float:
+    """Peak memory of two steps, GiB, above what the process held before the model was built."""
+    before = peak_memory_gib(device)
+    step = Step(mode, seq_len, device)
+    step()
+    step()
+    return peak_memory_gib(device) - before
+
+
+def memory_in_own_process(mode: str, options) -> float:
+    """`measure_memory` in a fresh interpreter."""
+    command = [sys.executable, __file__, "--memory-of", mode, "--tokens", str(options.tokens),
+               "--threads", str(options.threads)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def machine(device) -> dict:
+    """What the figures were measured on."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                            cwd=Path(__file__).parent).stdout.strip()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "python": platform.python_version(), "commit": commit}
+
+
+def summarise(times, memory, seq_len) -> dict:
+    """Everything the table shows, as one JSON object."""
+    shape = dataclasses.replace(STUDENT, seq_len=seq_len)
+    ideal = {"ntp": 1.0, "cached": ideal_ratio(shape), "online": ideal_ratio(shape, TEACHER)}
+    rows = {}
+    for mode in MODES:
+        ratio = float(np.median(times[mode] / times["ntp"]))
+        low, median, high = np.percentile(times[mode], [10, 50, 90])
+        rows[mode] = {
+            "step_ms": median * 1e3, "step_p10_ms": low * 1e3, "step_p90_ms": high * 1e3, "ratio": ratio,
+            "ideal_ratio": ideal[mode], "efficiency": ideal[mode] / ratio,
+            "peak_memory_gib": memory[mode], "memory_ratio": memory[mode] / memory["ntp"],
+        }
+    return rows
+
+
+def print_table(rows) -> None:
+    """The figures and whether they meet the project's targets."""
+    print(f"{'mode':8}{'step ms':>10}{'p10-p90':>16}{'ratio':>8}{'ideal':>8}{'efficiency':>12}{'memory GiB':>12}"
+          f"{'ratio':>8}")
+    for mode, row in rows.items():
+        spread = f"{row['step_p10_ms']:.0f}-{row['step_p90_ms']:.0f}"
+        print(f"{mode:8}{row['step_ms']:10.0f}{spread:>16}{row['ratio']:8.2f}{row['ideal_ratio']:8.2f}"
+              f"{row['efficiency']:12.2f}{row['peak_memory_gib']:12.2f}{row['memory_ratio']:8.2f}")
+    for name, value in (("cached", rows["cached"]["ratio"]), ("online", rows["online"]["ratio"]),
+                        ("memory", rows["cached"]["memory_ratio"])):
+        print(f"{name} ratio {value:.2f}: target {TARGET[name]} {'met' if value <= TARGET[name] else 'NOT met'}")
+
+
+def main() -> None:
+    """Measure, print, and keep the figures where asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=min(4, os.cpu_count()))
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens in the window")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument("--memory-of", choices=MODES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.memory_of:
+        print(measure_memory(options.memory_of, options.tokens, device))
+        return
+    memory = {mode: memory_in_own_process(mode, options) for mode in MODES}
+    rows = summarise(measure_times(options.tokens, options.rounds, device), memory, options.tokens)
+    print(json.dumps(machine(device)))
+    print_table(rows)
+    if options.json:
+        write_json(options.json, {"benchmark": "step", "machine": machine(device), "tokens": options.tokens,
+                                  "rounds": options.rounds, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
