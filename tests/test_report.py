@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from cocomix import report
+from cocomix import figures, report
+from cocomix import runs as runs_module
 from cocomix.errors import CocomixError
 from cocomix.report import comparison_table, load_run, write_report
 
@@ -297,7 +298,7 @@ def test_no_run_and_a_run_named_twice_are_refused(pair):
     ([0.04567], ["0.04567"]),
 ])
 def test_numbers_of_a_column_share_their_decimals(values, shown):
-    assert report._significant(values, digits=4) == shown
+    assert runs_module.significant(values, digits=4) == shown
 
 
 @pytest.mark.parametrize("count, shown", [
@@ -309,12 +310,12 @@ def test_counts_are_abbreviated_to_three_digits(count, shown):
 
 def test_moving_average_follows_a_slope_from_its_start_and_shrinks_noise_to_the_end():
     line = np.linspace(5, 3, 101)
-    np.testing.assert_allclose(report._moving_average(line, 10)[:91], line[:91])
+    np.testing.assert_allclose(figures._moving_average(line, 10)[:91], line[:91])
     noise = np.random.default_rng(0).standard_normal(1001)
-    smooth = report._moving_average(noise, 10)
+    smooth = figures._moving_average(noise, 10)
     assert smooth.std() < 0.35 * noise.std()
     assert smooth[-1] == pytest.approx(noise[-11:].mean())
-    assert report._moving_average(noise[:1], 10) == noise[0]
+    assert figures._moving_average(noise[:1], 10) == noise[0]
 
 
 # ---- the page
@@ -342,7 +343,7 @@ def test_ids_on_the_page_are_unique_and_every_reference_has_its_target(tmp_path,
 def test_every_figure_lies_beside_the_page_as_png(tmp_path, pair):
     write_report(pair, tmp_path / "out")
     pngs = sorted(path.name for path in (tmp_path / "out").iterdir() if path.suffix == ".png")
-    assert pngs == sorted(f"{entry.name}.png" for entry in report.FIGURES)
+    assert pngs == sorted(f"{entry.name}.png" for entry in figures.FIGURES)
     assert all((tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for name in pngs)
     assert len(list((tmp_path / "out").iterdir())) == 6
 
@@ -373,19 +374,19 @@ def test_concept_loss_is_drawn_only_where_a_run_has_one(tmp_path, pair):
 
 
 def test_curves_show_the_runs_values_in_the_units_of_their_axes(pair):
-    axes = report.validation_loss_over_tokens(pair).axes[0]
+    axes = figures.validation_loss_over_tokens(pair).axes[0]
     assert axes.get_xlabel() == "thousand tokens"
     for line, run in zip(axes.lines, pair, strict=False):
         np.testing.assert_allclose(line.get_xdata(), [e["tokens"] / 1e3 for e in run.evaluations])
         np.testing.assert_allclose(line.get_ydata(), [e["loss"] for e in run.evaluations])
-    time = report.validation_loss_over_time(pair).axes[0]
+    time = figures.validation_loss_over_time(pair).axes[0]
     assert time.get_xlabel() == "minutes"
     np.testing.assert_allclose(time.lines[1].get_xdata(), [e["elapsed_s"] / 60 for e in pair[1].evaluations])
 
 
 def test_curves_differ_without_colours(tmp_path):
     runs = [load_run(write_run(tmp_path / str(number), "interleave", name=str(number))) for number in range(7)]
-    lines = [line for line in report.validation_loss_over_tokens(runs).axes[0].lines if line.get_marker() != "None"]
+    lines = [line for line in figures.validation_loss_over_tokens(runs).axes[0].lines if line.get_marker() != "None"]
     assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == 7
     assert len({line.get_marker() for line in lines}) == 7
 
@@ -424,7 +425,7 @@ def test_the_same_runs_give_the_same_page(tmp_path, pair):
 def test_a_failure_while_drawing_leaves_the_earlier_page(tmp_path, pair, monkeypatch):
     path = write_report(pair[:1], tmp_path / "out")
     before = path.read_bytes()
-    monkeypatch.setattr(report, "_draw_figures", lambda runs: 1 / 0)
+    monkeypatch.setattr(report, "draw_figures", lambda runs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_report(pair, tmp_path / "out")
     assert path.read_bytes() == before
