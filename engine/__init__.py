@@ -21,7 +21,7 @@ def __getattr__(name):
     raise AttributeError(f"module 'cocomix' has no attribute {name!r}")
 
 
+# Registers the model with transformers' Auto classes, without making everyone who imports cocomix wait for them.
 @wrapt.when_imported("transformers.models.auto.modeling_auto")
 def _register(_):
-    # Registers the model with AutoModelForCausalLM, without making everyone who imports cocomix wait for transformers.
     importlib.import_module("cocomix.model")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cocomix.errors import CocomixError
@@ -141,7 +141,6 @@ def load_config(path, overrides: list[str] = ()) -> Config:
     sources = [_read_with_base(Path(path), seen=[]), *(_read_override(text) for text in overrides)]
     merged = OmegaConf.structured(Config)
     for source, where in sources:
-        _refuse_unknown(source, Config, where)
         try:
             merged = OmegaConf.merge(merged, source)
         except OmegaConfBaseException as error:
@@ -168,7 +167,10 @@ def _read_with_base(path: Path, seen: list[Path]):
     if not OmegaConf.is_dict(content):
         raise CocomixError(f"{path} holds no settings: expected sections such as `model:` and `train:`")
     base = content.pop("base", None)
+    _check_keys(content, Config, str(path))
     if base is not None:
+        if not isinstance(base, str):
+            raise CocomixError(f"{path}: `base:` must name a file, not {base}")
         parent, _ = _read_with_base(path.parent / base, [*seen, path.resolve()])
         content = OmegaConf.merge(parent, content)
     return content, str(path)
@@ -179,33 +181,47 @@ def _read_override(text: str):
     if not equals or not key:
         raise CocomixError(f"override {text!r}: expected key.sub=value, for example train.lr=3e-4")
     try:
-        return OmegaConf.from_dotlist([text]), f"override {text!r}"
+        source = OmegaConf.from_dotlist([text])
     except Exception as error:
         raise CocomixError(f"override {text!r}: {error}") from None
+    _check_keys(source, Config, f"override {text!r}")
+    return source, f"override {text!r}"
 
 
-def _refuse_unknown(node, schema, where: str, prefix: str = "") -> None:
+def _check_keys(node, schema, where: str, prefix: str = "") -> None:
+    """Raise `CocomixError` for unknown keys, and for a section, list or mapping where something else is expected."""
     known = {f.name: f for f in dataclasses.fields(schema)}
     for key in node:
         if key not in known:
             near = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.5)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(known)}"
             raise CocomixError(f"{where}: unknown key {prefix}{key}; {hint}")
-        section = known[key].default_factory
+        section, value = known[key].default_factory, OmegaConf.to_container(node)[key]
         if dataclasses.is_dataclass(section):
-            value = node[key]
-            if not isinstance(value, DictConfig):
+            if not isinstance(value, dict):
                 raise CocomixError(f"{where}: {prefix}{key} is a section, not a value; write {prefix}{key}.KEY")
-            _refuse_unknown(value, section, where, f"{prefix}{key}.")
+            _check_keys(node[key], section, where, f"{prefix}{key}.")
+        elif section in (list, dict) and isinstance(value, (list, dict)) and not isinstance(value, section):
+            raise CocomixError(f"{where}: {prefix}{key}: expected a {'list' if section is list else 'mapping'}")
+
+
+_POSITIVE = (
+    "data.vocab_size", "model.n_embd", "model.n_layer", "model.n_head", "model.concept_dim", "model.concept_topk",
+    "teacher.label_topk", "sae.n_latents", "sae.k", "sae.tokens", "sae.batch_tokens", "sae.lr",
+    "sae.dead_after_tokens", "labels.shard_windows", "train.tokens", "train.global_batch", "train.micro_batch",
+    "train.lr", "train.eps", "train.grad_clip", "train.log_every", "train.eval_every", "train.save_every",
+    "train.keep_checkpoints", "train.timeout_minutes",
+)
+_NOT_NEGATIVE = (
+    "model.concept_loss_weight", "teacher.layer", "sae.warmup_steps", "sae.aux_k", "sae.aux_weight",
+    "train.warmup_steps", "train.weight_decay", "train.eval_windows",
+)
 
 
 def _validate(config: Config, where: str) -> None:
+    _check_signs(config, where)
     data, model, teacher, sae, train = config.data, config.model, config.teacher, config.sae, config.train
-    positive = [(section, f.name) for section in (data, model, sae, train) for f in dataclasses.fields(section)
-                if f.name in _POSITIVE]
-    checks = [(getattr(section, name) > 0, f"{_section_name(config, section)}.{name} must be positive")
-              for section, name in positive]
-    checks += [
+    checks = [
         (data.seq_len >= 2, "data.seq_len must be at least 2: a window needs a next token to predict"),
         (0 < data.val_fraction < 1, "data.val_fraction must lie between 0 and 1"),
         (data.vocab_size <= 65536, "data.vocab_size must be at most 65536: token files hold uint16"),
@@ -221,18 +237,16 @@ def _validate(config: Config, where: str) -> None:
         (train.global_batch % train.micro_batch == 0,
          f"train.global_batch ({train.global_batch}) must be a multiple of train.micro_batch ({train.micro_batch})"),
         (0 <= train.min_lr_ratio <= 1, "train.min_lr_ratio must lie between 0 and 1"),
-        (train.warmup_steps >= 0, "train.warmup_steps must not be negative"),
+        (0 <= train.beta1 < 1, "train.beta1 must be at least 0 and below 1"),
+        (0 <= train.beta2 < 1, "train.beta2 must be at least 0 and below 1"),
         (sae.k <= sae.n_latents, f"sae.k ({sae.k}) must be at most sae.n_latents ({sae.n_latents})"),
-        (teacher.layer >= 0, "teacher.layer must not be negative"),
-        (teacher.label_topk > 0, "teacher.label_topk must be positive"),
     ]
     if model.mixing != "none":
         checks += [
             (0 <= model.insert_layer < model.n_layer,
              f"model.insert_layer ({model.insert_layer}) must be at least 0 and below model.n_layer ({model.n_layer})"),
-            (0 < model.concept_topk <= model.concept_dim,
-             f"model.concept_topk ({model.concept_topk}) must be positive and at most model.concept_dim "
-             f"({model.concept_dim})"),
+            (model.concept_topk <= model.concept_dim,
+             f"model.concept_topk ({model.concept_topk}) must be at most model.concept_dim ({model.concept_dim})"),
             (model.concept_dim <= 65535, "model.concept_dim must be at most 65535: label caches hold uint16"),
         ]
     for holds, message in checks:
@@ -240,12 +254,11 @@ def _validate(config: Config, where: str) -> None:
             raise CocomixError(f"{where}: {message}")
 
 
-_POSITIVE = {
-    "vocab_size", "n_embd", "n_layer", "n_head", "concept_dim", "concept_topk", "n_latents", "k", "tokens",
-    "batch_tokens", "lr", "global_batch", "micro_batch", "log_every", "eval_every", "save_every", "keep_checkpoints",
-    "grad_clip", "dead_after_tokens", "timeout_minutes",
-}
-
-
-def _section_name(config: Config, section) -> str:
-    return next(f.name for f in dataclasses.fields(config) if getattr(config, f.name) is section)
+def _check_signs(config: Config, where: str) -> None:
+    for name in (*_POSITIVE, *_NOT_NEGATIVE):
+        section, key = name.split(".")
+        value = getattr(getattr(config, section), key)
+        if not math.isfinite(value):
+            raise CocomixError(f"{where}: {name} must be a finite number")
+        if value < 0 or (value == 0 and name in _POSITIVE):
+            raise CocomixError(f"{where}: {name} must {'be positive' if name in _POSITIVE else 'not be negative'}")

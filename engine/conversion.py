@@ -1,5 +1,6 @@
 """Checkpoints of others: the paper's public code and transformers' GPT-2."""
 
+import functools
 from pathlib import Path
 
 import torch
@@ -33,21 +34,24 @@ def from_reference(model_class, path_or_state_dict, concept_dim, insert_layer, c
             "checkpoint's own number"
         )
     state[_COMPRESS] = state[_COMPRESS].t().contiguous()
-    config = model_class.config_class(
-        **_shape(state), n_head=n_head, concept_dim=concept_dim, insert_layer=insert_layer, concept_topk=concept_topk,
-        **settings,
-    )
+    try:
+        config = model_class.config_class(
+            **_shape(state), n_head=n_head, concept_dim=concept_dim, insert_layer=insert_layer,
+            concept_topk=concept_topk, **settings,
+        )
+    except ValueError as error:
+        raise CocomixError(f"{where} does not fit the given settings: {error}") from None
     return _build(model_class, config, state, where)
 
 
 def from_gpt2(model_class, path_or_model):
     """See `CoCoMixForCausalLM.from_gpt2`."""
-    from transformers import GPT2LMHeadModel
+    from cocomix.teacher import load_language_model
 
     if isinstance(path_or_model, torch.nn.Module):
         model, where = path_or_model, "the given model"
     else:
-        model, where = GPT2LMHeadModel.from_pretrained(path_or_model), str(path_or_model)
+        model, where = load_language_model(path_or_model), str(path_or_model)
     config = model.config
     if config.model_type != "gpt2":
         raise CocomixError(f"{where} is a {config.model_type} model; from_gpt2 takes GPT-2 only")
@@ -66,8 +70,12 @@ def from_gpt2(model_class, path_or_model):
         n_embd=config.n_embd, n_layer=config.n_layer, n_head=config.n_head, vocab_size=config.vocab_size,
         n_positions=config.n_positions, layer_norm_epsilon=config.layer_norm_epsilon, mixing="none",
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id,
+        tie_word_embeddings=config.tie_word_embeddings,
     )
-    return _build(model_class, own, model.state_dict(), where)
+    state = model.state_dict()
+    if "transformer.wte.weight" not in state:
+        raise CocomixError(f"{where} is a {type(model).__name__}; from_gpt2 takes a causal language model")
+    return _build(model_class, own, state, where)
 
 
 def _shape(state):
@@ -82,11 +90,18 @@ def _shape(state):
 def _read_weights(folder: Path):
     from safetensors.torch import load_file
 
-    if (folder / "model.safetensors").is_file():
-        return load_file(folder / "model.safetensors")
-    if (folder / "pytorch_model.bin").is_file():
-        return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    raise CocomixError(f"{folder} holds no weights: expected model.safetensors or pytorch_model.bin")
+    readers = {
+        "model.safetensors": load_file,
+        "pytorch_model.bin": functools.partial(torch.load, map_location="cpu", weights_only=True),
+    }
+    for name, read in readers.items():
+        if (folder / name).is_file():
+            try:
+                return read(folder / name)
+            except Exception as error:  # neither reader promises a common base for what a damaged file raises
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise CocomixError(f"{folder / name} cannot be read, it may be damaged: {reason}") from None
+    raise CocomixError(f"{folder} holds no weights: expected {' or '.join(readers)}")
 
 
 def _build(model_class, config, state, where):

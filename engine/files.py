@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from pathlib import Path
 
@@ -41,21 +42,45 @@ def require_space(path, n_bytes: int) -> None:
 
 
 @contextlib.contextmanager
+def _explain_refusal(path):
+    """Turn whatever else the system objects to while `path` is put in place into a `CocomixError` that names it."""
+    with explain_full_disk(path):
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _FULL_DISK:
+                raise
+            raise CocomixError(
+                f"{path} cannot be written: {error.strerror}; choose another place, or put right what is there"
+            ) from error
+
+
+def _make_room_aside(path: Path) -> Path:
+    """The name under which a file or folder is written before it takes the name `path`.
+
+    The process's number tells whether its writer still lives; processes on other machines may have the same one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{os.getpid()}.part")
+
+
+@contextlib.contextmanager
 def atomic_write(path, mode: str = "wb"):
     """Open a file that appears under `path` only when the block ends without an exception.
 
-    `mode` is "wb" or "w" (UTF-8). Raises `CocomixError` when the disk is full; whatever goes wrong, no partial
-    file stays behind.
+    `mode` is "wb" or "w" (UTF-8). Raises `CocomixError` when the disk is full or the place cannot be written;
+    whatever goes wrong, no partial file stays behind.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with _explain_refusal(path):
+        aside = _make_room_aside(path)
+        file = open(aside, mode, encoding=None if "b" in mode else "utf-8")  # noqa: SIM115  closed below
     try:
-        with explain_full_disk(path):
-            with open(aside, mode, encoding=None if "b" in mode else "utf-8") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
+        with explain_full_disk(path), file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        with _explain_refusal(path):
             os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
@@ -63,20 +88,53 @@ def atomic_write(path, mode: str = "wb"):
 
 @contextlib.contextmanager
 def atomic_folder(path):
-    """Yield a folder to fill; it takes the place of `path` only when the block ends without an exception."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    """Yield a folder to fill; it takes the place of `path` only when the block ends without an exception.
+
+    Its contents reach the disk before it takes the place; an old folder is deleted only after that. A crash of the
+    machine in between leaves the old one beside it, as `.NAME.old`. Raises `CocomixError` as `atomic_write` does.
+    """
+    given, path = path, Path(os.path.realpath(path))  # a link to a folder elsewhere stays a link
+    with _explain_refusal(given):
+        aside = _make_room_aside(path)
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        aside.mkdir()
     try:
-        with explain_full_disk(path):
+        with explain_full_disk(given):
             yield aside
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(aside, path)
+        with _explain_refusal(given):
+            for folder, _, files in os.walk(aside):
+                for name in (*files, ""):
+                    _sync(Path(folder, name))
+            _exchange(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(new: Path, path: Path) -> None:
+    """Put the folder `new` in the place of `path`, which may be there or not."""
+    old = path.with_name(f".{path.name}.old")
+    replaces = path.exists()
+    if replaces:
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(path, old)
+    try:
+        os.replace(new, path)
+    except OSError:
+        if replaces:
+            os.replace(old, path)
+        raise
+    _sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Bring a file's contents or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path, value) -> None:

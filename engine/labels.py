@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from tqdm import tqdm
 
 from cocomix.config import Config
 from cocomix.data import TokenFiles
+from cocomix.distributed import own_device, rank_and_world
 from cocomix.errors import CocomixError
 from cocomix.files import atomic_write, read_json, require_space, write_json
 
@@ -37,10 +37,13 @@ class LabelCache:
     """
 
     def __init__(self, folder, meta: dict):
-        self.folder = Path(folder)
+        self.folder, self._meta = Path(folder), meta
         self.n_windows, self.seq_len, self.label_topk = (meta[key] for key in ("n_windows", "seq_len", "label_topk"))
         self.shard_windows, self.fingerprints = meta["shard_windows"], meta["fingerprints"]
         self._map = functools.lru_cache(maxsize=64)(self._open_shard)
+
+    def __reduce__(self):
+        return LabelCache, (self.folder, self._meta)  # a worker process maps the shards itself
 
     @classmethod
     def create(
@@ -63,10 +66,16 @@ class LabelCache:
 
     @classmethod
     def open(cls, folder) -> "LabelCache":
-        """Open a cache. Raises `CocomixError` where there is none."""
+        """Open a cache. Raises `CocomixError` where there is none or its description is damaged."""
         meta = read_json(Path(folder) / "meta.json", f"the label cache {folder}")
         if meta.get("version") != _VERSION:
             raise CocomixError(f"the label cache {folder} has version {meta.get('version')}, expected {_VERSION}")
+        missing = {"n_windows", "seq_len", "label_topk", "shard_windows", "fingerprints"} - set(meta)
+        if missing:
+            raise CocomixError(
+                f"the label cache {folder} is damaged: its meta.json lacks {', '.join(sorted(missing))}; delete the "
+                "folder and run `cocomix labels` again"
+            )
         return cls(folder, meta)
 
     def require(self, fingerprints: dict) -> None:
@@ -166,9 +175,8 @@ def run(config: Config) -> None:
 
     if not config.labels.cache:
         raise CocomixError("labels.cache is not set: name the folder that the labels should go to")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else (
-        torch.device("cpu"))
+    rank, world = rank_and_world()
+    device = own_device()
     tokens = TokenFiles.open(config.data.folder)
     split, seq_len = tokens.split("train"), config.data.seq_len
     n_windows = split.n_windows(seq_len)
@@ -179,7 +187,8 @@ def run(config: Config) -> None:
         fingerprints=data_fingerprints(config, tokens) | teacher.fingerprints(),
         shard_windows=config.labels.shard_windows,
     )
-    missing = cache.missing_shards()[rank::world]
+    # By number, not by position among the missing ones: other ranks may have finished some before this one looks.
+    missing = [shard for shard in cache.missing_shards() if shard % world == rank]
     with tqdm(total=sum(len(cache.windows_of(s)) for s in missing) * seq_len, desc="labels", unit="tok",
               unit_scale=True, disable=rank > 0) as bar:
         for shard in missing:

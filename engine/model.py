@@ -80,6 +80,9 @@ class CoCoMixConfig(PreTrainedConfig):
     def _check(self):
         if self.mixing not in MIXING:
             raise ValueError(f"mixing is {self.mixing!r}; it must be one of {', '.join(MIXING)}")
+        for name in ("n_embd", "n_layer", "n_head", "vocab_size", "n_positions"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if self.mixing == "none":
@@ -139,6 +142,11 @@ class QueryKeyValue(Conv1D):
         return tuple(t.unflatten(-1, (self.n_head, -1)) for t in (q, k, v))
 
 
+class ResidualProjection(Conv1D):
+    """A projection whose output is added to the residual stream. A type of its own, because transformers calls
+    `_init_weights` for modules that hold parameters themselves and skips those that only hold such modules."""
+
+
 class Attention(nn.Module):
     """Causal self-attention over T or over 2T positions."""
 
@@ -147,7 +155,7 @@ class Attention(nn.Module):
         self.layer = layer
         self.doubled = layer >= config.doubled_from
         self.c_attn = QueryKeyValue(config.n_embd, config.n_head)
-        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        self.c_proj = ResidualProjection(config.n_embd, config.n_embd)
 
     def forward(self, x, mask=None, cache=None, concept_queries=False):
         """x [B, S, d] -> [B, S, d], or [B, S/2, d] for concept queries. `mask` [B or 1, 1, queries, keys] is needed
@@ -169,7 +177,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: CoCoMixConfig):
         super().__init__()
         self.c_fc = Conv1D(4 * config.n_embd, config.n_embd)
-        self.c_proj = Conv1D(config.n_embd, 4 * config.n_embd)
+        self.c_proj = ResidualProjection(config.n_embd, 4 * config.n_embd)
 
     def forward(self, x):
         """x [..., d] -> [..., d]."""
@@ -240,6 +248,8 @@ class CoCoMixPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         std = self.config.initializer_range
+        if isinstance(module, ResidualProjection):  # two residual additions a block
+            std /= math.sqrt(2 * self.config.n_layer)
         if isinstance(module, (Conv1D, nn.Linear, nn.Embedding, CompressLayer)):
             nn.init.normal_(module.weight, std=std)
             if getattr(module, "bias", None) is not None:
@@ -247,8 +257,6 @@ class CoCoMixPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-        elif isinstance(module, (Attention, FeedForward)):  # two residual additions a block
-            nn.init.normal_(module.c_proj.weight, std=std / math.sqrt(2 * self.config.n_layer))
         elif isinstance(module, CoCoMixModel) and module.pre_bias is not None:
             nn.init.zeros_(module.pre_bias)
 

@@ -18,20 +18,24 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # always have the same shape and labels depend on the window alone, not on the batch that it came in.
 _WINDOWS_PER_PASS = {"cpu": 1, "cuda": 8}
 
+# What some architectures do to their logits after the product with the head: Gemma 2, Granite, Cohere, Falcon-H1
+_LOGIT_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+
 
 def load_language_model(path) -> nn.Module:
     """Load a causal language model (a transformers folder or hub name) in float32, frozen and in evaluation mode.
 
     Raises `CocomixError` where there is no such model.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     from cocomix import model as _  # noqa: F401  registers CoCoMix models, which serve as teachers too
 
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CocomixError(f"cannot load a causal language model from {path}: {reason}") from None
     return model.requires_grad_(False).eval()
 
@@ -46,7 +50,17 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def transformer_blocks(model: nn.Module) -> nn.ModuleList:
-    """The list of a causal language model's blocks. Raises `CocomixError` where it cannot be found."""
+    """The list of a causal language model's blocks.
+
+    Raises `CocomixError` where it cannot be found, and for a model that mixes concepts in: it has no one residual
+    stream that an SAE could read.
+    """
+    mixing = getattr(model.config, "mixing", "none")
+    if mixing != "none":
+        raise CocomixError(
+            f"a CoCoMix model with mixing={mixing} cannot be a teacher: use one with mixing=none, or any other causal "
+            "language model of transformers"
+        )
     n_layer = model.config.num_hidden_layers
     for module in model.base_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layer:
@@ -101,7 +115,8 @@ class ConceptTeacher:
                 "it was trained on another model"
             )
         head = model.get_output_embeddings()
-        if getattr(head, "bias", None) is not None or getattr(model.config, "final_logit_softcapping", None):
+        rescaled = any(getattr(model.config, name, None) not in (None, 1.0) for name in _LOGIT_SETTINGS)
+        if getattr(head, "bias", None) is not None or rescaled:
             raise CocomixError(
                 f"a {model.config.model_type} teacher is not supported: its head is more than one matrix product"
             )
@@ -137,8 +152,15 @@ class ConceptTeacher:
         """Concept labels of windows input_ids [B, T] -> [B, T, K] int64, largest attribution first, -1 filled.
 
         The gradient is that of the teacher's next-token cross-entropy within the window, so the last position has
-        no label. Labels of a window do not depend on the batch around it.
+        no label. Labels of a window do not depend on the batch around it. Raises `CocomixError` where the windows
+        are longer than the teacher's context.
         """
+        length, context = input_ids.shape[1], getattr(self.model.config, "max_position_embeddings", None)
+        if context is not None and length > context:
+            raise CocomixError(
+                f"the labels are wanted for windows of {length} tokens, but the teacher reads at most {context}: lower "
+                "data.seq_len, or take another teacher"
+            )
         per_pass = _WINDOWS_PER_PASS.get(input_ids.device.type, 1)
         labels = []
         for windows in input_ids.split(per_pass):
