@@ -4,6 +4,9 @@ RUN/checkpoints/step-00000100/ holds DeepSpeed's files, model/ and trainer.json;
 newest complete one. It is written aside and renamed after every rank has finished writing.
 """
 
+import contextlib
+import errno
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +15,8 @@ from cocomix.errors import CocomixError
 from cocomix.files import atomic_folder, explain_full_disk, read_json, write_json
 
 _STATE = "deepspeed"
+# How the writers of PyTorch, safetensors and tokenizers, which raise no OSError, say that the disk is full.
+_WRITE_FAILED = re.compile(r"os error (27|28|122)\b|inline_container|PytorchStreamWriter|iostream error")
 
 
 def checkpoints_folder(run) -> Path:
@@ -27,7 +32,10 @@ def latest_checkpoint(run) -> Path | None:
     folder = checkpoints_folder(run)
     if not (folder / "latest.json").exists():
         return None
-    checkpoint = folder / read_json(folder / "latest.json", "the pointer to the latest checkpoint")["folder"]
+    name = read_json(folder / "latest.json", "the pointer to the latest checkpoint").get("folder")
+    if not isinstance(name, str):
+        raise CocomixError(f"{folder / 'latest.json'} names no checkpoint: write the folder of a complete one there")
+    checkpoint = folder / name
     if not (checkpoint / "trainer.json").exists():
         raise CocomixError(f"{folder / 'latest.json'} names {checkpoint.name}, which is missing or incomplete")
     return checkpoint
@@ -60,7 +68,7 @@ def save_checkpoint(engine, run, step: int, trainer_state: dict, ranks: Ranks, k
         shutil.rmtree(folder, ignore_errors=True)
     ranks.barrier()
     try:
-        with explain_full_disk(folder):
+        with _explain_full_disk(folder):
             engine.save_checkpoint(str(folder), tag=_STATE, client_state={}, save_latest=False)
         save_model(engine, folder / "model", ranks, tokenizer)
         if ranks.is_first:
@@ -71,17 +79,36 @@ def save_checkpoint(engine, run, step: int, trainer_state: dict, ranks: Ranks, k
     ranks.barrier()
     if ranks.is_first:
         write_json(checkpoints_folder(run) / "latest.json", {"step": step, "folder": folder.name})
-        complete = sorted(checkpoints_folder(run).glob("step-*"))
-        for old in complete[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        _thin_out(folder, keep)
     return folder
+
+
+def _thin_out(newest: Path, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints, and what was begun but never finished."""
+    others = {folder for folder in newest.parent.glob("step-*") if folder != newest}
+    older = sorted(folder for folder in others if folder.name < newest.name and (folder / "trainer.json").exists())
+    for folder in others - set(older[max(0, len(older) - (keep - 1)):]):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _explain_full_disk(path):
+    with explain_full_disk(path):
+        try:
+            yield
+        except CocomixError:
+            raise
+        except Exception as error:  # the writers' exceptions have no common base
+            if not _WRITE_FAILED.search(str(error)):
+                raise
+            raise OSError(errno.ENOSPC, str(error), str(path)) from error
 
 
 def save_model(engine, folder: Path, ranks: Ranks, tokenizer) -> None:
     """Write the model as a transformers folder, from the fp32 master weights (all ranks call this)."""
     state = _full_precision_state(engine)
     if ranks.is_first:
-        with atomic_folder(folder) as aside:
+        with _explain_full_disk(folder), atomic_folder(folder) as aside:
             engine.module.save_pretrained(aside, state_dict=state)
             tokenizer.save_pretrained(aside)
     ranks.barrier()

@@ -1,8 +1,13 @@
 """The command line: one subcommand a capability. Everything heavy is imported by the subcommand that needs it."""
 
 import argparse
+import contextlib
 import importlib.metadata
+import signal
 import sys
+import threading
+
+import wrapt
 
 from cocomix.errors import CocomixError
 
@@ -14,15 +19,37 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for input that the user can mend, 75 for an interrupted
     training run that was saved, 130 for any other interrupt."""
     options = _parse(arguments)
+    # Its bars for loading and saving models: at every checkpoint they would break up the training's own.
+    wrapt.when_imported("transformers.utils.logging")(lambda logging: logging.disable_progress_bar())
     try:
-        return options.run(options) or 0
+        with _terminated_like_interrupted():
+            return options.run(options) or 0
     except CocomixError as error:
         print(f"cocomix {options.command}: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"cocomix {options.command}: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        print(f"\ncocomix {options.command}: interrupted; the same command goes on from what is complete",
-              file=sys.stderr)
+        again = "; with --resume it goes on from its last checkpoint" if options.command == "train" else (
+            "; the same command goes on from what is complete")
+        print(f"\ncocomix {options.command}: interrupted{again}", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted():
+    """SIGTERM raises KeyboardInterrupt inside the block, so that half-written files are cleared away."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _parse(arguments):
@@ -30,6 +57,7 @@ def _parse(arguments):
         prog="cocomix", description="Pretrain language models with continuous concepts (CoCoMix, arXiv 2502.08524).",
         epilog="CONFIG is a YAML file; KEY.SUB=VALUE arguments override its settings. See configs/ for examples.",
     )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher puts it first
     parser.add_argument("--version", action="version", version=importlib.metadata.version("cocomix"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_config_command(commands, "data", _data, "turn text into a tokenizer and token files")
@@ -64,7 +92,6 @@ def _add_config_command(commands, name, run, summary):
     parser = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
     parser.add_argument("config", metavar="CONFIG", help="a YAML file of settings")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example train.lr=3e-4")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.set_defaults(run=run)
     return parser
 

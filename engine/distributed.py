@@ -69,25 +69,46 @@ def process_group(timeout_minutes: float):
 
     Works under torchrun, the deepspeed launcher, or alone. A collective that waits longer than `timeout_minutes`
     raises. The end is a barrier and the group's destruction: without it the interpreter now and then aborts on exit.
+    A group that the caller has made is joined and left alone.
     """
     deepspeed = import_deepspeed()
+    is_ours = not torch.distributed.is_initialized()
     device = own_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(_free_port()))
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes),
-        verbose=False,
-    )
-    ranks = Ranks(*rank_and_world(), device)
+    with _announced_ranks():
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes),
+            verbose=False,
+        )
+        ranks = Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+        try:
+            yield ranks
+            ranks.barrier()
+        finally:
+            if is_ours:
+                # DeepSpeed's own, which also forgets the groups that it keeps in globals.
+                deepspeed.comm.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _announced_ranks():
+    """The variables that launchers set; for the length of the block, those of a process that is alone."""
+    if "RANK" in os.environ:
+        yield
+        return
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": str(_free_port())}
+    before = {name: os.environ.get(name) for name in alone}
+    os.environ.update(alone)
     try:
-        yield ranks
-        ranks.barrier()
+        yield
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def import_deepspeed():

@@ -9,6 +9,7 @@ import torch
 from cocomix.data import TokenSplit
 from cocomix.errors import CocomixError
 from cocomix.files import read_json
+from cocomix.text import load_tokenizer
 
 
 @torch.no_grad()
@@ -51,12 +52,16 @@ def evaluate_checkpoint(checkpoint, data=None, seq_len: int | None = None, batch
     from cocomix.labels import require_vocabulary
     from cocomix.teacher import load_language_model
 
+    if batch < 1 or windows < 0:
+        raise CocomixError(f"--batch is {batch} and --windows {windows}: expected at least 1 and at least 0 (all)")
     device = own_device()
-    model = load_language_model(model_folder(checkpoint)).to(device)
+    folder = model_folder(checkpoint)
     tokens = TokenFiles.open(data or _data_of_run(checkpoint))
+    _require_tokenizer(folder, tokens)
+    model = load_language_model(folder).to(device)
     require_vocabulary(model, tokens)
     context = model.config.max_position_embeddings
-    seq_len = seq_len or context
+    seq_len = context if seq_len is None else seq_len
     if not 2 <= seq_len <= context:
         raise CocomixError(f"--seq-len is {seq_len}: this model takes windows of 2 to {context} tokens")
     total, count = validation_loss(model, tokens.split("val"), seq_len, batch, device, max_windows=windows)
@@ -64,6 +69,16 @@ def evaluate_checkpoint(checkpoint, data=None, seq_len: int | None = None, batch
     print(f"{checkpoint}: validation loss {loss:.4f} nats, perplexity {perplexity(loss):.2f} "
           f"({count:,} predictions in windows of {seq_len} tokens)")
     return perplexity(loss)
+
+
+def _require_tokenizer(folder: Path, tokens) -> None:
+    if not (folder / "tokenizer.json").is_file():
+        return
+    if load_tokenizer(str(folder)).get_vocab() != tokens.tokenizer().get_vocab():
+        raise CocomixError(
+            f"{folder} was trained with another tokenizer than the token files in {tokens.folder}: name token files "
+            f"with --data that were made with data.tokenizer={folder}"
+        )
 
 
 def _data_of_run(checkpoint) -> str:

@@ -1,5 +1,6 @@
 """What a run records: run.json, metrics.jsonl, TensorBoard, optionally Weights & Biases, and the progress bar."""
 
+import contextlib
 import json
 import resource
 import sys
@@ -41,10 +42,10 @@ class MetricsLog:
         with explain_full_disk(self._path):
             self._file.write(json.dumps({"kind": kind, "step": step, "tokens": tokens, **values}) + "\n")
             self._file.flush()
-        numbers = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
-        if self._tensorboard is not None:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, step)
+            numbers = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
+            if self._tensorboard is not None:
+                for name, value in numbers.items():
+                    self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log({**numbers, "tokens": tokens}, step=step)
 
@@ -57,10 +58,12 @@ class MetricsLog:
         return max(record["peak_memory_gib"] for record in self._records() if record["kind"] == "train")
 
     def close(self) -> None:
-        """Flush and close everything."""
-        self._file.close()
+        """Flush and close everything. What a full disk keeps from being flushed is lost."""
+        with contextlib.suppress(OSError):
+            self._file.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with contextlib.suppress(OSError):
+                self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -99,5 +102,25 @@ def _open_wandb(folder, project, settings):
 
 def progress_bar(title: str, total_steps: int, done: int, shown: bool):
     """A bar over steps on standard error; where that is no terminal, a line every ten seconds."""
-    return tqdm(total=total_steps, initial=done, desc=title, unit="step", disable=not shown, dynamic_ncols=True,
-                mininterval=0.5 if sys.stderr.isatty() else 10.0)
+    on_terminal = sys.stderr.isatty()
+    return (tqdm if on_terminal else _Lines)(
+        total=total_steps, initial=done, desc=title, unit="step", disable=not shown, dynamic_ncols=on_terminal,
+        mininterval=0.5 if on_terminal else 10.0,
+    )
+
+
+class _Lines(tqdm):
+    """A bar for log files: every update is a line of its own."""
+
+    @staticmethod
+    def status_printer(file):
+        """The function that tqdm shows its text with; tqdm itself ends the last line."""
+        separator = ""
+
+        def write(text):
+            nonlocal separator
+            file.write(separator + text)
+            file.flush()
+            separator = "\n"
+
+        return write

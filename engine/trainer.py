@@ -1,20 +1,24 @@
 """Pretraining with DeepSpeed ZeRO: tokens and concept labels in, metrics, checkpoints and a model out."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
+import io
 import math
 import signal
 import statistics
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 
 from cocomix.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, save_model
 from cocomix.config import Config, TrainConfig
 from cocomix.data import MicroBatchSampler, TokenFiles, WindowDataset, WindowOrder
-from cocomix.distributed import Ranks, import_deepspeed, process_group
+from cocomix.distributed import Ranks, import_deepspeed, process_group, rank_and_world
 from cocomix.errors import CocomixError
 from cocomix.evaluate import perplexity, validation_loss
 from cocomix.files import read_json, write_json
@@ -56,7 +60,10 @@ def deepspeed_config(config: Config, world: int) -> dict:
     for key, owner in _MANAGED.items():
         if key in config.deepspeed:
             raise CocomixError(f"deepspeed.{key} is filled in from {owner}: set that instead")
-    if config.deepspeed.get("zero_optimization", {}).get("stage", train.zero_stage) != train.zero_stage:
+    zero = config.deepspeed.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise CocomixError(f"deepspeed.zero_optimization is {zero!r}; it must be a section of DeepSpeed's settings")
+    if zero.get("stage", train.zero_stage) != train.zero_stage:
         raise CocomixError("deepspeed.zero_optimization.stage is filled in from train.zero_stage: set that instead")
     if train.global_batch % (train.micro_batch * world):
         raise CocomixError(
@@ -71,17 +78,15 @@ def deepspeed_config(config: Config, world: int) -> dict:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
-        **config.deepspeed,
-        "zero_optimization": {**config.deepspeed.get("zero_optimization", {}), "stage": train.zero_stage},
     }
     if train.precision == "bf16":
-        # Without these two DeepSpeed sums gradients over micro batches and ranks in bf16.
+        # Without the last two DeepSpeed sums gradients over micro batches and ranks in bf16.
         settings |= {
             "bf16": {"enabled": True},
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",
         }
-    return settings
+    return {**settings, **config.deepspeed, "zero_optimization": {**zero, "stage": train.zero_stage}}
 
 
 def train(config: Config, resume: bool = False) -> int:
@@ -92,7 +97,8 @@ def train(config: Config, resume: bool = False) -> int:
     """
     run = Path(config.train.run)
     if _finished(run, config) and resume:
-        print(f"{run} is finished: {config.total_steps} steps; its model is in {run / 'model'}")
+        if rank_and_world()[0] == 0:
+            print(f"{run} is finished: {config.total_steps} steps; its model is in {run / 'model'}")
         return 0
     if not resume and latest_checkpoint(run) is not None:
         raise CocomixError(f"{run} already holds a run: pass --resume to go on with it, or set another train.run")
@@ -117,6 +123,7 @@ class LabelSource:
     def __init__(self, config: Config, tokens: TokenFiles, device: torch.device):
         self.cache = self.teacher = None
         self.kind = None
+        self.concept_dim = config.model.concept_dim
         if config.model.mixing == "none":
             return
         if config.labels.cache:
@@ -127,6 +134,16 @@ class LabelSource:
             self.kind, self.teacher = "online", ConceptTeacher.from_config(config.teacher, device)
             require_vocabulary(self.teacher.model, tokens)
             _require_concepts(config, self.teacher.sae.n_latents, "the SAE")
+
+    def window(self, index: int) -> np.ndarray:
+        """The cache's labels of a window, [T, K]. Raises `CocomixError` for a concept that the student lacks."""
+        labels = self.cache.window(index)
+        if labels.max() >= self.concept_dim:
+            raise CocomixError(
+                f"the label cache {self.cache.folder} names concept {labels.max()} but model.concept_dim is "
+                f"{self.concept_dim}: set it to the number of the SAE's latents"
+            )
+        return labels
 
     def add_to(self, batch: dict) -> None:
         """Put `concept_labels` [B, T, K] into a batch that lacks them."""
@@ -166,16 +183,10 @@ class Trainer:
         self.val_split.n_windows(config.data.seq_len)
         self.labels = LabelSource(config, self.tokens, ranks.device)
         self.tokenizer = self.tokens.tokenizer()
-        self.engine = self._build_engine()
         self.step, self.elapsed_s = 0, 0.0
-        checkpoint = latest_checkpoint(self.run)
-        if checkpoint is not None:
-            state = load_checkpoint(self.engine, checkpoint, ranks)
-            self._require_same_data(state, checkpoint)
-            self.step, self.elapsed_s = state["step"], state["elapsed_s"]
-        self.log = self._open_log()
-        self.validation_loss = None
-        self.stop_signal = None
+        self.log = self.validation_loss = self.stop_signal = None
+        self.lr = self.grad_norm = math.nan  # of the last step
+        self.engine = self._build_engine()
 
     def _build_engine(self):
         from cocomix.model import CoCoMixConfig, CoCoMixForCausalLM
@@ -192,10 +203,14 @@ class Trainer:
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, learning_rate_factor(train, self.config.total_steps))
-        engine, *_ = import_deepspeed().initialize(
-            model=model, optimizer=optimizer, lr_scheduler=schedule,
-            config=deepspeed_config(self.config, self.ranks.world),
-        )
+        settings = deepspeed_config(self.config, self.ranks.world)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer reports memory there
+                engine, *_ = import_deepspeed().initialize(
+                    model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings)
+        except (ValueError, AssertionError) as error:  # ValueError: pydantic's too
+            reason = " ".join(str(error).split())
+            raise CocomixError(f"DeepSpeed does not take the settings in `deepspeed:`: {reason}") from error
         return engine
 
     def _open_log(self) -> MetricsLog | None:
@@ -230,6 +245,8 @@ class Trainer:
 
     def fit(self) -> int:
         """Train to the end or to an interrupt; returns the exit code."""
+        self._resume()
+        self.log = self._open_log()
         total, train = self.config.total_steps, self.config.train
         batches = self._batches()
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -241,20 +258,28 @@ class Trainer:
                 self.step += 1
                 bar.update()
                 stop = self._must_stop()
-                if stop or self.step % train.log_every == 0 or self.step == total:
+                save = stop or self.step % train.save_every == 0 or self.step == total
+                if save or self.step % train.log_every == 0:  # a save too, since this refuses what is not finite
                     self._log_interval(interval, bar)
                 if self.step % train.eval_every == 0 or self.step == total:
                     interval.pause(self._evaluate)
-                if stop or self.step % train.save_every == 0 or self.step == total:
+                if save:
                     interval.pause(self._save)
                 if stop:
-                    return self._interrupted()
+                    break
         finally:
             bar.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        self._finish()
-        return 0
+        return self._finish() if self.step >= total else self._interrupted()
+
+    def _resume(self) -> None:
+        checkpoint = latest_checkpoint(self.run)
+        if checkpoint is None:
+            return
+        state = load_checkpoint(self.engine, checkpoint, self.ranks)
+        self._require_same_data(state, checkpoint)
+        self.step, self.elapsed_s = state["step"], state["elapsed_s"]
 
     def close(self) -> None:
         """Close the metrics and release the engine."""
@@ -264,7 +289,8 @@ class Trainer:
 
     def _batches(self):
         config = self.config
-        dataset = WindowDataset(self.train_split, config.data.seq_len, self.labels.cache)
+        labels = None if self.labels.cache is None else self.labels
+        dataset = WindowDataset(self.train_split, config.data.seq_len, labels)
         sampler = MicroBatchSampler(
             WindowOrder(len(dataset), config.train.seed), config.train.global_batch, config.train.micro_batch,
             self.ranks.rank, self.ranks.world, self.step, config.total_steps,
@@ -281,10 +307,13 @@ class Trainer:
         for batch in micro_batches:
             self.labels.add_to(batch)
         share = self._labelled_tokens(micro_batches) / (rounds * self.ranks.world)
+        self.lr = self.engine.get_lr()[0]
         sums = {}
         for batch in micro_batches:
             out = self.engine(**batch, labels=batch["input_ids"], concept_token_count=share)
             self.engine.backward(out.loss)
+            if not self.engine.zero_optimization():  # where DeepSpeed itself keeps no norm
+                self.grad_norm = get_total_norm(p.grad for p in self.engine.module.parameters() if p.grad is not None)
             self.engine.step()
             for name in ("loss", "ntp_loss", "concept_loss"):
                 if getattr(out, name) is not None:
@@ -310,18 +339,19 @@ class Trainer:
         step_time = seconds / interval.steps
         self.elapsed_s += seconds
         interval.reset()
-        if not math.isfinite(losses["loss"]):
+        if self.engine.zero_optimization():
+            self.grad_norm = self.engine.get_global_grad_norm()
+        grad_norm = float(self.grad_norm)
+        if not math.isfinite(losses["loss"] + grad_norm) or self.engine.skipped_steps:
             raise CocomixError(
-                f"the loss is {losses['loss']} at step {self.step}: lower train.lr or raise train.warmup_steps, then "
-                "resume from the last checkpoint"
+                f"training has diverged at step {self.step}: the loss is {losses['loss']:.4g}, the gradient's norm "
+                f"{grad_norm:.4g}. Lower train.lr or raise train.warmup_steps, then resume from the last checkpoint"
             )
         if self.log is None:
             return
-        grad_norm = self.engine.get_global_grad_norm()
         self.log.write(
             "train", self.step, self.step * self.config.tokens_per_step, **losses,
-            **({} if "concept_loss" in losses else {"concept_loss": None}),
-            lr=self.engine.get_lr()[0], grad_norm=math.nan if grad_norm is None else float(grad_norm),
+            **({} if "concept_loss" in losses else {"concept_loss": None}), lr=self.lr, grad_norm=grad_norm,
             step_time_s=step_time, tokens_per_s=self.config.tokens_per_step / step_time,
             peak_memory_gib=peak_memory_gib(self.ranks.device), elapsed_s=self.elapsed_s,
         )
@@ -360,12 +390,12 @@ class Trainer:
                 "started with, or another train.run"
             )
 
-    def _finish(self) -> None:
+    def _finish(self) -> int:
         if self.validation_loss is None:  # interrupted between the last checkpoint and here
             self._evaluate()
         save_model(self.engine, self.run / "model", self.ranks, self.tokenizer)
         if self.log is None:
-            return
+            return 0
         loss = self.validation_loss
         times = sorted(self.log.step_times()[1:] or self.log.step_times())  # the first holds start-up costs
         median = statistics.median(times)
@@ -377,6 +407,7 @@ class Trainer:
         )
         print(f"{self.run}: validation perplexity {perplexity(loss):.2f} after {self.step} steps; "
               f"the model is in {self.run / 'model'}")
+        return 0
 
     def _on_signal(self, number, _frame):
         if self.stop_signal is not None:  # asked twice: no more patience for a checkpoint
@@ -391,7 +422,7 @@ class Trainer:
 
     def _interrupted(self) -> int:
         if self.ranks.is_first:
-            print(f"\ninterrupted: saved step {self.step} of {self.config.total_steps}; go on with --resume")
+            print(f"interrupted: saved step {self.step} of {self.config.total_steps}; go on with --resume")
         return EXIT_RESUME
 
 

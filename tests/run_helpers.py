@@ -1,0 +1,170 @@
+"""A tiny world for tests of whole runs: text, token files, a random teacher with a random SAE, and label caches."""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from cocomix.cli import main
+from cocomix.config import Config, load_config
+from cocomix.data import TokenFiles, prepare
+from cocomix.labels import LabelCache, data_fingerprints
+from cocomix.sae import SparseAutoencoder
+
+SEQ_LEN, LATENTS, LABEL_TOPK, STEPS = 16, 64, 3, 12
+TORCHRUN = ("torchrun", "--nproc-per-node", "2", "-m")
+WORDS = "the a cat dog fox runs jumps over under quick lazy brown and or of to tree house river sleeps eats".split()
+
+CONFIG = f"""
+out: OUT
+data: {{folder: "${{out}}/data", text: [OUT/text], vocab_size: 300, val_fraction: 0.1, seq_len: {SEQ_LEN}}}
+model: {{n_embd: 32, n_layer: 3, n_head: 2, mixing: interleave, concept_dim: {LATENTS}, concept_topk: 4,
+        insert_layer: 1}}
+teacher: {{model: "${{out}}/teacher", sae: "${{out}}/sae", layer: 1, label_topk: {LABEL_TOPK}}}
+sae: {{n_latents: {LATENTS}, k: 4, tokens: 4096, batch_tokens: 256, warmup_steps: 2, aux_k: 8,
+      dead_after_tokens: 2000}}
+labels: {{shard_windows: 64}}
+train: {{run: "${{out}}/run", tokens: {STEPS * 8 * SEQ_LEN}, global_batch: 8, micro_batch: 4, lr: 1e-3,
+        warmup_steps: 3, log_every: 1, eval_every: 6, save_every: 4, tensorboard: false}}
+"""
+
+
+def write_text(folder: Path, documents: int = 12, seed: int = 0) -> None:
+    """A few kilobytes of text."""
+    draw = random.Random(seed)
+    folder.mkdir(parents=True)
+    for number in range(documents):
+        (folder / f"{number:02}.txt").write_text(" ".join(draw.choice(WORDS) for _ in range(300)) + ".\n")
+
+
+class World:
+    """A folder with `config.yaml` and what it names; runs go below it."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.config = folder, folder / "config.yaml"
+        write_text(folder / "text")
+        self.config.write_text(CONFIG.replace("OUT", str(folder)))
+        prepare(self.load().data)
+
+    def load(self, *overrides: str) -> Config:
+        """The config with overrides."""
+        return load_config(self.config, list(overrides))
+
+    def add_teacher(self, folder: str = "teacher", sae: str = "sae", width: int = 32, latents: int = LATENTS,
+                    vocab_size: int = 300, seed: int = 0) -> None:
+        """A random GPT-2 of two blocks and a random SAE of its width."""
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        torch.manual_seed(seed)
+        GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_positions=SEQ_LEN, n_embd=width, n_layer=2, n_head=2,
+                                   initializer_range=0.2)).save_pretrained(self.folder / folder)
+        decoder = torch.nn.functional.normalize(torch.randn(latents, width), dim=1)
+        SparseAutoencoder(decoder.clone(), torch.zeros(latents), torch.zeros(width), decoder, 4,
+                          normalize=True).save(self.folder / sae)
+
+    def add_uneven_labels(self, name: str, latents: int = LATENTS) -> Path:
+        """A label cache made by hand: whole windows without any label, tokens with one, two or three."""
+        tokens = TokenFiles.open(self.folder / "data")
+        config = self.load()
+        n_windows = tokens.split("train").n_windows(SEQ_LEN)
+        cache = LabelCache.create(
+            self.folder / name, n_windows=n_windows, seq_len=SEQ_LEN, label_topk=LABEL_TOPK, shard_windows=64,
+            fingerprints=data_fingerprints(config, tokens) | {"layer": "1", "label_topk": str(LABEL_TOPK)},
+        )
+        draw = np.random.default_rng(0)
+        for shard in range(cache.n_shards):
+            n = len(cache.windows_of(shard))
+            ids = np.broadcast_to(np.arange(latents), (n, SEQ_LEN, latents))
+            labels = draw.permuted(ids, axis=-1)[..., :LABEL_TOPK]
+            kept = draw.integers(0, LABEL_TOPK + 1, (n, SEQ_LEN)) * (draw.random((n, 1)) < 0.6)
+            cache.append(shard, np.where(np.arange(LABEL_TOPK) < kept[..., None], labels, -1))
+        return self.folder / name
+
+    def train(self, run: str, *overrides: str, resume: bool = False) -> int:
+        """`cocomix train` in this process; its exit code."""
+        return main(["train", str(self.config), f"train.run={self.folder / run}", *overrides,
+                     *(["--resume"] if resume else [])])
+
+    def train_on_two(self, run: str, *overrides: str, launcher=TORCHRUN) -> None:
+        """`cocomix train` on two processes, to its end."""
+        done = subprocess.run(self.command(run, *overrides, launcher=launcher), env=environment(threads=1),
+                              capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def command(self, run: str, *overrides: str, launcher=()) -> list[str]:
+        """The command line of `cocomix train`, by default for one process."""
+        if launcher:
+            start = [str(Path(sys.executable).with_name(launcher[0])), *launcher[1:], "cocomix"]
+        else:
+            start = [sys.executable, "-m", "cocomix"]
+        return [*start, "train", str(self.config), f"train.run={self.folder / run}", *overrides]
+
+    def interrupt(self, command: list[str], run: str, after_step: int, number: int,
+                  threads: int | None = None) -> tuple[int, str]:
+        """Start `command`, send it signal `number` once `run` has logged `after_step`; exit code and output."""
+        process = subprocess.Popen(command, env=environment(threads), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   text=True)
+        deadline = time.monotonic() + 60
+        while last_step(self.folder / run) < after_step:
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.01)
+        process.send_signal(number)
+        output = process.communicate(timeout=60)[0]
+        return process.returncode, output
+
+    def records(self, run: str, kind: str = "train") -> list[dict]:
+        """The lines of a run's metrics of one kind."""
+        lines = (self.folder / run / "metrics.jsonl").read_text().splitlines()
+        return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+    def losses(self, run: str, key: str = "loss") -> list[float]:
+        """A loss at every step; checks that no step is missing or there twice."""
+        records = self.records(run)
+        assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+        return [record[key] for record in records]
+
+    def weights(self, run: str) -> dict[str, torch.Tensor]:
+        """The finished model's tensors."""
+        return load_file(self.folder / run / "model" / "model.safetensors")
+
+    def tree(self) -> set[Path]:
+        """Every file and folder there is, to see that a refused command left nothing behind."""
+        return set(self.folder.rglob("*"))
+
+
+def last_step(run: Path) -> int:
+    """The last step that a living run has logged, 0 before the first."""
+    try:
+        steps = re.findall(r'"kind": "train", "step": (\d+)', (run / "metrics.jsonl").read_text())
+    except FileNotFoundError:
+        return 0
+    return int(steps[-1]) if steps else 0
+
+
+def environment(threads: int | None = None) -> dict[str, str]:
+    """For a subprocess: as many threads as this process has, so that sums round alike."""
+    return {**os.environ, "OMP_NUM_THREADS": str(threads or torch.get_num_threads())}
+
+
+def assert_equal_runs(world: World, run: str, other: str) -> None:
+    """Losses, learning rates and final weights are the same bits."""
+    for key in ("loss", "ntp_loss", "concept_loss", "lr", "grad_norm"):
+        assert world.losses(run, key) == world.losses(other, key)
+    assert [e["loss"] for e in world.records(run, "eval")] == [e["loss"] for e in world.records(other, "eval")]
+    assert_close_weights(world.weights(run), world.weights(other), atol=0)
+
+
+def assert_close_weights(weights, others, atol: float) -> None:
+    """Same names, and values within `atol`."""
+    assert weights.keys() == others.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(
+            tensor, others[name], rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
