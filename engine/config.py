@@ -24,6 +24,7 @@ class DataConfig:
     text_key: str = "text"  # the field of JSONL records and dataset rows that holds the text
     tokenizer: str | None = None  # a folder or hub name; none: train a byte-level BPE on the text
     vocab_size: int = 4096  # of a tokenizer that is trained here
+    max_tokens: int = 0  # stop after the document that reaches so many tokens; 0: take all text
     val_fraction: float = 0.05  # share of the documents held out for validation
     seed: int = 0  # of the train/validation split
     seq_len: int = 1024  # T: tokens in a window
@@ -213,6 +214,7 @@ _POSITIVE = (
     "train.keep_checkpoints", "train.timeout_minutes",
 )
 _NOT_NEGATIVE = (
+    "data.max_tokens",
     "model.concept_loss_weight", "teacher.layer", "sae.warmup_steps", "sae.aux_k", "sae.aux_weight",
     "train.warmup_steps", "train.weight_decay", "train.eval_windows",
 )

@@ -74,7 +74,7 @@ def prepare(config: DataConfig) -> "TokenFiles":
 
 
 def _settings(config: DataConfig) -> dict:
-    settings = {name: getattr(config, name) for name in ("text", "text_key", "tokenizer", "val_fraction", "seed")}
+    settings = {name: getattr(config, name) for name in ("text", "text_key", "tokenizer", "max_tokens", "val_fraction", "seed")}
     settings["text"] = list(config.text)
     if config.tokenizer is None:
         return {**settings, "vocab_size": config.vocab_size}
@@ -176,7 +176,10 @@ def _write_token_files(folder: Path, config: DataConfig, sources: list[Source], 
             count["tokens"] += len(ids)
             count["documents"] += piece.last
             count["text_bytes"] += len(piece.text.encode())
-            progress.set_postfix_str(f"{sum(c['tokens'] for c in counts.values()) / 1e6:.1f}M tokens", refresh=False)
+            total = sum(count["tokens"] for count in counts.values())
+            progress.set_postfix_str(f"{total / 1e6:.1f}M tokens", refresh=False)
+            if piece.last and 0 < config.max_tokens <= total and counts["val"]["documents"]:
+                break
         if counts["val"]["documents"] == 0:
             _share_one_document(files, counts, config.val_fraction)
     return {name: {"file": f"{name}.bin", **counts[name], "sha256": sha256_of_file(folder / f"{name}.bin")}

@@ -221,7 +221,7 @@ def _torch_load(path: Path):
     try:
         return torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error):
+        if "unsupported" in str(error).lower():
             raise CocomixError(
                 f"{path} needs unpickling, which could run any code and is refused: it holds more than tensors and "
                 "plain values; save its tensors as a dict, or use an SAE in another format"

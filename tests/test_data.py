@@ -105,6 +105,25 @@ def test_a_tokenizer_without_end_of_text_a_broken_and_a_large_one_are_refused(co
     assert not (tmp_path / "data" / "meta.json").exists()
 
 
+def test_max_tokens_ends_with_the_document_that_reaches_it(config, tmp_path):
+    whole = prepare(config)
+    config.folder, config.max_tokens = str(tmp_path / "less"), 1000
+    less = prepare(config)
+    for name in ("train", "val"):
+        tokens = split_tokens(less, name)
+        assert tokens and tokens[-1] == less.eot_id
+        assert tokens == split_tokens(whole, name)[:len(tokens)]
+    total = sum(less.split(name).n_tokens for name in ("train", "val"))
+    assert 1000 <= total < 1000 + len(less.tokenizer()(story(59))["input_ids"]) + 10
+
+
+def test_the_unigram_perplexity_is_that_of_the_training_frequencies(config):
+    files = prepare(config)
+    train, val = (split_tokens(files, name) for name in ("train", "val"))
+    nats = [-np.log((train.count(token) + 1) / (len(train) + files.vocab_size)) for token in val]
+    assert files.meta["val_unigram_perplexity"] == pytest.approx(np.exp(np.mean(nats)))
+
+
 def test_a_second_run_is_told_that_the_folder_is_up_to_date(config, capsys):
     files = prepare(config)
     stamp = (files.folder / "train.bin").stat().st_mtime_ns
