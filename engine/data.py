@@ -74,7 +74,8 @@ def prepare(config: DataConfig) -> "TokenFiles":
 
 
 def _settings(config: DataConfig) -> dict:
-    settings = {name: getattr(config, name) for name in ("text", "text_key", "tokenizer", "max_tokens", "val_fraction", "seed")}
+    names = ("text", "text_key", "tokenizer", "max_tokens", "val_fraction", "seed")
+    settings = {name: getattr(config, name) for name in names}
     settings["text"] = list(config.text)
     if config.tokenizer is None:
         return {**settings, "vocab_size": config.vocab_size}

@@ -166,6 +166,61 @@ def data_fingerprints(config: Config, tokens: TokenFiles) -> dict[str, str]:
     return {"data": tokens.split("train").fingerprint, "seq_len": str(config.data.seq_len)}
 
 
+class LabelSource:
+    """Where a training run's concept labels come from: nowhere (mixing="none"), the cache, or the teacher."""
+
+    def __init__(self, config: Config, tokens: TokenFiles, device: torch.device):
+        self.cache = self.teacher = None
+        self.kind = None
+        self.concept_dim = config.model.concept_dim
+        if config.model.mixing == "none":
+            return
+        if config.labels.cache:
+            self.kind, self.cache = "cached", _open_cache(config, tokens)
+        else:
+            from cocomix.teacher import ConceptTeacher
+
+            self.kind, self.teacher = "online", ConceptTeacher.from_config(config.teacher, device)
+            require_vocabulary(self.teacher.model, tokens)
+            _require_concepts(config, self.teacher.sae.n_latents, "the SAE")
+
+    def window(self, index: int) -> np.ndarray:
+        """The cache's labels of a window, [T, K]. Raises `CocomixError` for a concept that the student lacks."""
+        labels = self.cache.window(index)
+        if labels.max() >= self.concept_dim:
+            raise CocomixError(
+                f"the label cache {self.cache.folder} names concept {labels.max()} but model.concept_dim is "
+                f"{self.concept_dim}: set it to the number of the SAE's latents"
+            )
+        return labels
+
+    def add_to(self, batch: dict) -> None:
+        """Put `concept_labels` [B, T, K] into a batch that lacks them."""
+        if self.teacher is not None:
+            batch["concept_labels"] = self.teacher.labels(batch["input_ids"])
+
+
+def _open_cache(config, tokens):
+    cache = LabelCache.open(config.labels.cache)
+    expected = data_fingerprints(config, tokens) | {
+        "layer": str(config.teacher.layer), "label_topk": str(config.teacher.label_topk)
+    }
+    if config.teacher.model and config.teacher.sae:
+        from cocomix.teacher import ConceptTeacher
+
+        teacher = ConceptTeacher.from_config(config.teacher, torch.device("cpu"))
+        _require_concepts(config, teacher.sae.n_latents, "the SAE")
+        expected |= teacher.fingerprints()
+    cache.require(expected)
+    cache.require_complete()
+    return cache
+
+
+def _require_concepts(config, n_latents, what):
+    if n_latents != config.model.concept_dim:
+        raise CocomixError(f"model.concept_dim is {config.model.concept_dim} but {what} has {n_latents} latents")
+
+
 def run(config: Config) -> None:
     """`cocomix labels`: fill the label cache, each rank its shards; run again, it goes on where it stopped.
 

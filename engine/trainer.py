@@ -10,7 +10,6 @@ import statistics
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
@@ -22,7 +21,7 @@ from cocomix.distributed import Ranks, import_deepspeed, process_group, rank_and
 from cocomix.errors import CocomixError
 from cocomix.evaluate import perplexity, validation_loss
 from cocomix.files import read_json, write_json
-from cocomix.labels import LabelCache, data_fingerprints, require_vocabulary
+from cocomix.labels import LabelSource
 from cocomix.metrics import MetricsLog, peak_memory_gib, progress_bar
 
 EXIT_RESUME = 75  # the run was interrupted and saved: start it again with --resume (EX_TEMPFAIL of sysexits.h)
@@ -115,61 +114,6 @@ def _finished(run: Path, config: Config) -> bool:
     if latest is None or not (run / "model" / "config.json").exists():
         return False
     return read_json(latest / "trainer.json", "the checkpoint's training state")["step"] >= config.total_steps
-
-
-class LabelSource:
-    """Where a training run's concept labels come from: nowhere (mixing="none"), the cache, or the teacher."""
-
-    def __init__(self, config: Config, tokens: TokenFiles, device: torch.device):
-        self.cache = self.teacher = None
-        self.kind = None
-        self.concept_dim = config.model.concept_dim
-        if config.model.mixing == "none":
-            return
-        if config.labels.cache:
-            self.kind, self.cache = "cached", _open_cache(config, tokens)
-        else:
-            from cocomix.teacher import ConceptTeacher
-
-            self.kind, self.teacher = "online", ConceptTeacher.from_config(config.teacher, device)
-            require_vocabulary(self.teacher.model, tokens)
-            _require_concepts(config, self.teacher.sae.n_latents, "the SAE")
-
-    def window(self, index: int) -> np.ndarray:
-        """The cache's labels of a window, [T, K]. Raises `CocomixError` for a concept that the student lacks."""
-        labels = self.cache.window(index)
-        if labels.max() >= self.concept_dim:
-            raise CocomixError(
-                f"the label cache {self.cache.folder} names concept {labels.max()} but model.concept_dim is "
-                f"{self.concept_dim}: set it to the number of the SAE's latents"
-            )
-        return labels
-
-    def add_to(self, batch: dict) -> None:
-        """Put `concept_labels` [B, T, K] into a batch that lacks them."""
-        if self.teacher is not None:
-            batch["concept_labels"] = self.teacher.labels(batch["input_ids"])
-
-
-def _open_cache(config, tokens):
-    cache = LabelCache.open(config.labels.cache)
-    expected = data_fingerprints(config, tokens) | {
-        "layer": str(config.teacher.layer), "label_topk": str(config.teacher.label_topk)
-    }
-    if config.teacher.model and config.teacher.sae:
-        from cocomix.teacher import ConceptTeacher
-
-        teacher = ConceptTeacher.from_config(config.teacher, torch.device("cpu"))
-        _require_concepts(config, teacher.sae.n_latents, "the SAE")
-        expected |= teacher.fingerprints()
-    cache.require(expected)
-    cache.require_complete()
-    return cache
-
-
-def _require_concepts(config, n_latents, what):
-    if n_latents != config.model.concept_dim:
-        raise CocomixError(f"model.concept_dim is {config.model.concept_dim} but {what} has {n_latents} latents")
 
 
 class Trainer:

@@ -8,11 +8,12 @@ from cocomix.kernels.chunking import accumulation_dtype, row_chunks
 def logit_chunks(x, weight, bias):
     """Yield (rows, logits) for x [N, d], weight [C, d], bias [C]: logits [R, C] in x's dtype, in a reused buffer.
 
-    A consumer may overwrite the logits. The chunk's budget leaves room for one copy in the accumulation dtype.
+    A consumer may overwrite the logits. Where x has a lower precision than sums have, the chunk's budget leaves room
+    for one copy in each.
     """
     width = weight.shape[0]
     itemsize = accumulation_dtype(x.dtype).itemsize
-    bytes_per_logit = itemsize if x.dtype.itemsize == itemsize else itemsize + x.dtype.itemsize
+    bytes_per_logit = itemsize if x.dtype.itemsize == itemsize else itemsize + 2 * x.dtype.itemsize
     chunks = row_chunks(x.shape[0], width * bytes_per_logit, x.device)
     buffer = x.new_empty(chunks[0].stop if chunks else 0, width)
     for rows in chunks:

@@ -16,3 +16,11 @@ torch.set_num_threads(min(2, os.cpu_count() or 1))
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Text, token files, teacher, SAE and labels for tests of whole runs, once a module."""
+    from run_helpers import labelled_world
+
+    return labelled_world(tmp_path_factory.mktemp("world"))

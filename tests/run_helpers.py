@@ -17,6 +17,7 @@ from cocomix.cli import main
 from cocomix.config import Config, load_config
 from cocomix.data import TokenFiles, prepare
 from cocomix.labels import LabelCache, data_fingerprints
+from cocomix.labels import run as make_labels
 from cocomix.sae import SparseAutoencoder
 
 SEQ_LEN, LATENTS, LABEL_TOPK, STEPS = 16, 64, 3, 12
@@ -168,3 +169,17 @@ def assert_close_weights(weights, others, atol: float) -> None:
     for name, tensor in weights.items():
         torch.testing.assert_close(
             tensor, others[name], rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def labelled_world(folder: Path) -> World:
+    """A world with teacher, SAE, a true label cache, and one whose labels are spread unevenly."""
+    world = World(folder)
+    world.add_teacher()
+    world.add_uneven_labels("uneven")
+    make_labels(world.load(f"labels.cache={folder}/labels"))
+    return world
+
+
+def uneven(world, *more) -> list[str]:
+    """Overrides that take the unevenly spread labels."""
+    return [f"labels.cache={world.folder}/uneven", "teacher.model=null", "teacher.sae=null", *more]

@@ -9,27 +9,20 @@ from datetime import timedelta
 import numpy as np
 import pytest
 import torch
-from run_helpers import SEQ_LEN, STEPS, TORCHRUN, World, assert_close_weights, assert_equal_runs, environment
+from run_helpers import (
+    SEQ_LEN,
+    STEPS,
+    TORCHRUN,
+    assert_close_weights,
+    assert_equal_runs,
+    environment,
+    uneven,
+)
 
 from cocomix import distributed
 from cocomix.distributed import Ranks, import_deepspeed, own_device, process_group, rank_and_world
 from cocomix.errors import CocomixError
 from cocomix.labels import LabelCache
-from cocomix.labels import run as make_labels
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    world = World(tmp_path_factory.mktemp("world"))
-    world.add_teacher()
-    world.add_uneven_labels("uneven")
-    make_labels(world.load(f"labels.cache={world.folder}/labels"))
-    return world
-
-
-def uneven(world, *more):
-    return [f"labels.cache={world.folder}/uneven", "teacher.model=null", "teacher.sae=null", *more]
-
 
 # ---------------------------------------------------------------------------------------------- one process
 

@@ -8,30 +8,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from run_helpers import LATENTS, SEQ_LEN, STEPS, World, assert_close_weights, assert_equal_runs, write_text
+from run_helpers import (
+    LATENTS,
+    SEQ_LEN,
+    STEPS,
+    assert_close_weights,
+    assert_equal_runs,
+    uneven,
+    write_text,
+)
 
 from cocomix.config import TrainConfig
 from cocomix.data import TokenFiles, WindowOrder, prepare, step_windows
 from cocomix.errors import CocomixError
-from cocomix.labels import LabelCache
-from cocomix.labels import run as make_labels
+from cocomix.labels import LabelCache, LabelSource
 from cocomix.model import CoCoMixConfig, CoCoMixForCausalLM
 from cocomix.runs import load_run
-from cocomix.trainer import LabelSource, Trainer, deepspeed_config, learning_rate_factor
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    world = World(tmp_path_factory.mktemp("world"))
-    world.add_teacher()
-    world.add_uneven_labels("uneven")
-    make_labels(world.load(f"labels.cache={world.folder}/labels"))
-    return world
-
-
-def uneven(world, *more):
-    return [f"labels.cache={world.folder}/uneven", "teacher.model=null", "teacher.sae=null", *more]
-
+from cocomix.trainer import Trainer, deepspeed_config, learning_rate_factor
 
 # ---------------------------------------------------------------------------------------------- settings
 
