@@ -245,7 +245,7 @@ def run(config: Config) -> None:
     # By number, not by position among the missing ones: other ranks may have finished some before this one looks.
     missing = [shard for shard in cache.missing_shards() if shard % world == rank]
     with tqdm(total=sum(len(cache.windows_of(s)) for s in missing) * seq_len, desc="labels", unit="tok",
-              unit_scale=True, disable=rank > 0) as bar:
+              unit_scale=True, disable=rank > 0 or not missing) as bar:
         for shard in missing:
             cache.append(shard, _label_windows(teacher, split, cache.windows_of(shard), seq_len, device, bar))
     if not cache.missing_shards():
