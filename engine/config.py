@@ -25,8 +25,7 @@ class DataConfig:
     tokenizer: str | None = None  # a folder or hub name; none: train a byte-level BPE on the text
     vocab_size: int = 4096  # of a tokenizer that is trained here
     max_tokens: int = 0  # stop after the document that reaches so many tokens; 0: take all text
-    val_fraction: float = 0.05  # share of the documents held out for validation
-    seed: int = 0  # of the train/validation split
+    val_fraction: float = 0.05  # share of the text, in whole documents, that is held out for validation
     seq_len: int = 1024  # T: tokens in a window
 
 

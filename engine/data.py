@@ -6,7 +6,6 @@ know its step and nothing else.
 """
 
 import contextlib
-import hashlib
 import math
 import os
 import shutil
@@ -74,7 +73,7 @@ def prepare(config: DataConfig) -> "TokenFiles":
 
 
 def _settings(config: DataConfig) -> dict:
-    names = ("text", "text_key", "tokenizer", "max_tokens", "val_fraction", "seed")
+    names = ("text", "text_key", "tokenizer", "max_tokens", "val_fraction")
     settings = {name: getattr(config, name) for name in names}
     settings["text"] = list(config.text)
     if config.tokenizer is None:
@@ -123,10 +122,10 @@ def _is_running(pid: int) -> bool:
 
 
 def _train_tokenizer(config: DataConfig, sources: list[Source]):
+    side = Splitter(config.val_fraction)
     with _progress(sources, "tokenizer") as progress:
-        return train_tokenizer((piece.text for piece in _shown(pieces(sources), progress)
-                                if split_of(piece.document, config.val_fraction, config.seed) == "train"),
-                               config.vocab_size)
+        return train_tokenizer(
+            (piece.text for piece in _shown(pieces(sources), progress) if side(piece) == "train"), config.vocab_size)
 
 
 def _save_tokenizer(tokenizer, origin: str | None, folder: Path) -> None:
@@ -137,18 +136,24 @@ def _save_tokenizer(tokenizer, origin: str | None, folder: Path) -> None:
         tokenizer.save_pretrained(aside)
 
 
-def split_of(document: int, val_fraction: float, seed: int) -> str:
-    """"train" or "val": where document number `document` (0-based) goes, whatever else the corpus holds.
+class Splitter:
+    """Sends documents to "train" or "val" as they stream by.
 
-    Document 0 trains and document 1 validates, so that two documents already make both sides. The others of the
-    first 1/val_fraction train, the rest are drawn by hash, which keeps the expected share at val_fraction.
+    A document validates where validation holds less than its share of the text before it, so the share is kept from
+    the first documents on, however long they are; the first one trains. A pure function of the documents before.
     """
-    if document < 2:
-        return SPLITS[document]
-    if document * val_fraction < 1:
-        return "train"
-    digest = hashlib.blake2b(f"{seed} {document}".encode(), digest_size=8).digest()
-    return "val" if int.from_bytes(digest, "little") < val_fraction * 2**64 else "train"
+
+    def __init__(self, val_fraction: float):
+        self._fraction, self._document, self._side = val_fraction, -1, "train"
+        self._chars = dict.fromkeys(SPLITS, 0)
+
+    def __call__(self, piece: Piece) -> str:
+        """The side of a piece's document; pieces come in order."""
+        if piece.document != self._document:
+            self._document = piece.document
+            self._side = "val" if self._chars["val"] < self._fraction * sum(self._chars.values()) else "train"
+        self._chars[self._side] += len(piece.text)
+        return self._side
 
 
 @contextlib.contextmanager
@@ -166,12 +171,13 @@ def _shown(stream: Iterable[Piece], progress) -> Iterator[Piece]:
 
 
 def _write_token_files(folder: Path, config: DataConfig, sources: list[Source], tokenizer) -> dict:
+    side = Splitter(config.val_fraction)
     counts = {name: {"tokens": 0, "documents": 0, "text_bytes": 0} for name in SPLITS}
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(atomic_write(folder / f"{name}.bin")) for name in SPLITS}
         progress = stack.enter_context(_progress(sources, "tokens"))
         for piece, ids in tokenize(_shown(pieces(sources), progress), tokenizer):
-            name = split_of(piece.document, config.val_fraction, config.seed)
+            name = side(piece)
             files[name].write(ids.tobytes())
             count = counts[name]
             count["tokens"] += len(ids)

@@ -277,7 +277,7 @@ def killed(function, at_call):
 
 
 @pytest.mark.parametrize(("command", "overrides", "target", "at_call"), [
-    ("data", ["data.folder=NEW/data"], "cocomix.data.split_of", 20),
+    ("data", ["data.folder=NEW/data"], "cocomix.data.Splitter.__call__", 20),
     ("labels", ["labels.cache=NEW/cache"], "cocomix.teacher.ConceptTeacher.labels", 4),
     ("sae", ["teacher.sae=NEW/sae"], "cocomix.sae_training.train_step", 5),
 ])

@@ -16,16 +16,16 @@ from torch.utils.data import DataLoader
 from cocomix.config import DataConfig
 from cocomix.data import (
     MicroBatchSampler,
+    Splitter,
     TokenFiles,
     TokenSplit,
     WindowDataset,
     WindowOrder,
     prepare,
-    split_of,
     step_windows,
 )
 from cocomix.errors import CocomixError
-from cocomix.text import train_tokenizer
+from cocomix.text import Piece, train_tokenizer
 
 
 def story(number: int) -> str:
@@ -48,10 +48,10 @@ def split_tokens(files: TokenFiles, name: str) -> list[int]:
 def test_token_files_are_the_documents_each_followed_by_end_of_text(config):
     files = prepare(config)
     tokenizer = files.tokenizer()
-    expected = {"train": [], "val": []}
+    expected, side = {"train": [], "val": []}, Splitter(0.2)
     for number in range(60):
         ids = tokenizer(story(number), add_special_tokens=False)["input_ids"]
-        expected[split_of(number, 0.2, 0)] += [*ids, files.eot_id]
+        expected[side(Piece(number, story(number), True))] += [*ids, files.eot_id]
     for name in ("train", "val"):
         assert split_tokens(files, name) == expected[name]
         entry = files.meta["splits"][name]
@@ -224,12 +224,25 @@ def test_a_file_in_the_place_of_the_folder_is_named(config, tmp_path):
 
 @pytest.mark.parametrize("fraction", [0.01, 0.05, 0.3, 0.5])
 def test_the_split_keeps_its_share_and_never_leaves_a_side_empty(fraction):
-    for seed in range(3):
-        sides = [split_of(document, fraction, seed) for document in range(20_000)]
-        assert sides.count("val") / len(sides) == pytest.approx(fraction, abs=0.015)
-        assert sides[:2] == ["train", "val"]
-        assert sides[:int(1 / fraction)].count("val") == 1
-    assert sides != [split_of(document, fraction, 9) for document in range(20_000)]
+    lengths = np.random.default_rng(0).lognormal(5, 1.5, size=5000).astype(int) + 1
+    side, chars = Splitter(fraction), {"train": 0, "val": 0}
+    for document, length in enumerate(lengths.tolist()):
+        name = side(Piece(document, "x" * length, True))
+        chars[name] += length
+        assert document > 1 or name == ("train", "val")[document]
+        # beyond the share goes at most the document that filled it, and short of it at most what came since
+        assert abs(chars["val"] - fraction * sum(chars.values())) <= lengths[:document + 1].max()
+
+
+def test_a_short_second_document_does_not_leave_validation_short():
+    side, texts = Splitter(0.1), ["x" * 1000, "x", "x" * 50, "x" * 500, "x" * 500]
+    assert [side(Piece(i, text, True)) for i, text in enumerate(texts)] == ["train", "val", "val", "val", "train"]
+
+
+def test_the_pieces_of_a_document_stay_together():
+    side = Splitter(0.5)
+    pieces = [Piece(0, "xx", False), Piece(0, "xx", True), Piece(1, "x" * 9, False), Piece(1, "x", True)]
+    assert [side(piece) for piece in pieces] == ["train", "train", "val", "val"]
 
 
 def test_one_document_is_split_by_tokens(config, tmp_path):
