@@ -34,7 +34,7 @@ setup(
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     python_requires=">=3.11,<3.13",
-    packages=["cocomix", "cocomix.kernels"],
+    packages=["cocomix", "cocomix.kernels", "cocomix.kernels.triton_kernels"],
     package_dir={"cocomix": "engine", "cocomix.kernels": "kernels"},
     install_requires=CORE,
     extras_require=EXTRAS,

@@ -1,9 +1,13 @@
-"""What every test gets: two threads at most, and the same random numbers in any order of tests."""
+"""What every test gets: two threads at most, interpreted Triton kernels where there is no GPU, and the same random
+numbers in any order of tests."""
 
 import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, hence before anything else
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
