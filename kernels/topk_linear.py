@@ -9,8 +9,7 @@ import torch
 from cocomix.kernels.checks import check_k, check_same, check_shapes
 from cocomix.kernels.chunking import accumulation_dtype
 from cocomix.kernels.dispatch import choose_backend
-from cocomix.kernels.linear_topk import logit_chunks, sparse_linear_gradients
-from cocomix.kernels.selection import stable_topk
+from cocomix.kernels.linear_topk import backends, logit_chunks, steps
 
 
 @torch.library.custom_op("cocomix::topk_linear", mutates_args=())
@@ -19,16 +18,16 @@ def _topk_linear(
     weight: torch.Tensor,  # [C, d]
     bias: torch.Tensor,  # [C]
     k: int,
+    backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    values, indices = _outputs(x, weight, bias, k)
-    for rows, logits in logit_chunks(x, weight, bias):
-        top, indices[rows] = stable_topk(logits, k)
-        values[rows] = top
+    values, indices = _outputs(x, weight, bias, k, backend)
+    for rows, logits in logit_chunks(x, weight, bias, backend):
+        steps(backend).topk(logits, k, values[rows], indices[rows])
     return values, indices
 
 
 @_topk_linear.register_fake
-def _outputs(x, weight, bias, k):
+def _outputs(x, weight, bias, k, backend):
     n = x.shape[0]
     return x.new_empty(n, k, dtype=accumulation_dtype(x.dtype)), x.new_empty(n, k, dtype=torch.int64)
 
@@ -39,29 +38,40 @@ def _topk_linear_backward(
     indices: torch.Tensor,  # [N, k]
     x: torch.Tensor,
     weight: torch.Tensor,
+    dx_wanted: bool,
+    dw_wanted: bool,
+    backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dx, dw, db = (grad_values.new_zeros(shape) for shape in (x.shape, weight.shape, weight.shape[:1]))
-    sparse_linear_gradients(grad_values, indices, x, weight, dx, dw, db)
-    return dx.to(x.dtype), dw.to(x.dtype), db.to(x.dtype)
+    wanted = dx_wanted, dw_wanted
+    return steps(backend).linear_gradients(grad_values, indices, x, weight, None, None, wanted)
 
 
 @_topk_linear_backward.register_fake
-def _(grad_values, indices, x, weight):
-    return x.new_empty(x.shape), x.new_empty(weight.shape), x.new_empty(weight.shape[:1])
+def _(grad_values, indices, x, weight, dx_wanted, dw_wanted, backend):
+    shapes = (x.shape if dx_wanted else (0,), *((weight.shape, weight.shape[:1]) if dw_wanted else ((0,), (0,))))
+    return tuple(x.new_empty(shape) for shape in shapes)
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, *_ = inputs
+    x, weight, _, _, ctx.backend = inputs
     _, indices = output
     ctx.mark_non_differentiable(indices)
     ctx.save_for_backward(indices, x, weight)
 
 
 def _backward(ctx, grad_values, _):
-    return *_topk_linear_backward(grad_values, *ctx.saved_tensors), None
+    wanted = ctx.needs_input_grad[:3]
+    gradients = _topk_linear_backward(
+        grad_values, *ctx.saved_tensors, wanted[0], wanted[1] or wanted[2], ctx.backend
+    )
+    return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), None, None
 
 
 _topk_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _run(backend, x, weight, bias, k):
+    return _topk_linear(x, weight, bias, k, backend)
 
 
 def topk_linear(x, weight, bias, k, *, relu=False, backend=None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,5 +88,6 @@ def topk_linear(x, weight, bias, k, *, relu=False, backend=None) -> tuple[torch.
     sizes = check_shapes("topk_linear", x=(x, "N d"), weight=(weight, "C d"), bias=(bias, "C"))
     check_same("topk_linear", x=x, weight=weight, bias=bias)
     check_k("topk_linear", k, sizes["C"])
-    values, indices = choose_backend("topk_linear", {"torch": _topk_linear}, backend, x.device)(x, weight, bias, k)
+    run = choose_backend("topk_linear", backends(_run, x.dtype, sizes["C"], k), backend, x.device)
+    values, indices = run(x, weight, bias, k)
     return (values.relu() if relu else values), indices

@@ -3,12 +3,15 @@
 import math
 from collections import Counter
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from cocomix.kernels import chunking
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where the tests of Triton kernels run
+gpu_only = pytest.mark.skipif(DEVICE.type == "cpu", reason="paper shapes in bfloat16 need a GPU")
 WIDTHS = (1, 7, 63, 64, 65, 129, 300, 4097)  # around powers of two, by which the selection groups columns, and ragged
 
 
@@ -69,7 +72,7 @@ def assert_no_worse_than(plain, actual, exact, factor=1.5):
 
 def set_chunk_bytes(monkeypatch, size):
     """Let the operations hold `size` bytes at a time, and one row where that is more."""
-    monkeypatch.setattr(chunking, "CHUNK_BYTES", {"cpu": size, "cuda": size})
+    monkeypatch.setattr(chunking, "CHUNK_BYTES", dict.fromkeys(chunking.CHUNK_BYTES, size))
 
 
 def trace(function):

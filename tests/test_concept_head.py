@@ -340,13 +340,14 @@ def test_what_does_not_fit_is_refused_by_name(change, message):
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_the_operators_meet_the_librarys_contract(labelled):
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_operators_meet_the_librarys_contract(labelled, backend):
     x, weight, bias, labels = layer(5, 3, 30, torch.float32)
     labels = labels if labelled else None
-    arguments = (*leaves([x, weight, bias]), labels, 4, True, True)
+    arguments = (*leaves([x, weight, bias]), labels, 4, True, True, backend)
     torch.library.opcheck(torch.ops.cocomix.concept_head.default, arguments)
-    values, indices, loss, dx, dw, db = torch.ops.cocomix.concept_head(x, weight, bias, labels, 4, True, True)
-    arguments = (values, loss, indices, x, weight, dx, dw, db, True, True)
+    values, indices, loss, *of_loss = torch.ops.cocomix.concept_head(x, weight, bias, labels, 4, True, True, backend)
+    arguments = (values, loss if labelled else None, indices, x, weight, *of_loss, True, True, backend)
     torch.library.opcheck(torch.ops.cocomix.concept_head_backward.default, arguments)
 
 

@@ -186,11 +186,12 @@ def test_what_does_not_fit_is_refused_by_name(change, message):
         topk_linear(**arguments)
 
 
-def test_the_operators_meet_the_librarys_contract():
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_operators_meet_the_librarys_contract(backend):
     x, weight, bias = leaves(layer(5, 3, 30, torch.float32))
-    torch.library.opcheck(torch.ops.cocomix.topk_linear.default, (x, weight, bias, 4))
+    torch.library.opcheck(torch.ops.cocomix.topk_linear.default, (x, weight, bias, 4, backend))
     values, indices = topk_linear(x.detach(), weight.detach(), bias.detach(), 4)
-    arguments = (values, indices, x.detach(), weight.detach())
+    arguments = (values, indices, x.detach(), weight.detach(), True, True, backend)
     torch.library.opcheck(torch.ops.cocomix.topk_linear_backward.default, arguments)
 
 
