@@ -20,7 +20,7 @@ import triton.language as tl
 from cocomix.kernels.triton_kernels.launch import ceil_div, launch, next_power_of_2
 
 _TILE = 2048  # columns a warp reads at once: 64 a lane, eight 16-byte loads in flight for bfloat16
-_KEYS_PER_WARP = 1024  # 32 keys a lane sort in registers without spilling, in 32 bits and in 64
+_KEYS_PER_WARP = {True: 1024, False: 512}  # narrow, wide: as many sort in registers without spilling
 _NARROW_COLUMNS = 65536  # indices that fit beside a bfloat16 value in 32 bits
 
 
@@ -145,6 +145,7 @@ def row_topk(logits, k, values, indices, *, labels=None, label_weights=None, lse
     n_groups = ceil_div(n_columns, group)
     maxima = torch.empty(n_rows, n_groups, dtype=torch.float32, device=logits.device)
     statistics = labels is not None
+    narrow = logits.dtype == torch.bfloat16 and n_columns <= _NARROW_COLUMNS
     n_labels = labels.shape[1] if statistics else 0
     groups, kept = (max(2, next_power_of_2(size)) for size in (n_groups, k))  # a network sorts two at least
     launch(
@@ -152,6 +153,6 @@ def row_topk(logits, k, values, indices, *, labels=None, label_weights=None, lse
         n_columns, n_groups, k, n_labels,
         GROUP=group, TILE=_TILE, GROUPS=groups, KEPT=kept,
         LABELS=next_power_of_2(max(n_labels, 1)),
-        NARROW=logits.dtype == torch.bfloat16 and n_columns <= _NARROW_COLUMNS, STATISTICS=statistics,
-        num_warps=max(1, min(8, max(groups, kept * group) // _KEYS_PER_WARP)),
+        NARROW=narrow, STATISTICS=statistics,
+        num_warps=max(1, min(8, max(groups, kept * group) // _KEYS_PER_WARP[narrow])),
     )  # fmt: skip
