@@ -1,7 +1,8 @@
 # Every target sets up .venv by itself; after the first time nothing is downloaded.
 #   make quickstart [TEXT=path]   pretrain and compare, end to end
 #   make test                     the fast tests;  make test-slow  the rest;  make lint
-#   make bench                    what a step costs on this machine
+#   make bench                    what the kernels and a step cost on this machine, in under three minutes
+#   make bench-full               the same with larger shapes, torch.compile and more rounds
 
 PYTHON ?= python3
 VENV := .venv
@@ -17,7 +18,7 @@ else
 OUT ?= runs/quickstart-$(shell printf '%s' '$(TEXT)' | cksum | cut -d' ' -f1)
 endif
 
-.PHONY: setup quickstart test test-slow lint bench clean
+.PHONY: setup quickstart test test-slow lint bench bench-full clean
 
 setup: $(READY)
 
@@ -51,8 +52,14 @@ test-slow: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 
+KERNEL_BENCHMARKS = $(filter-out benchmarks/bench_step.py,$(wildcard benchmarks/bench_*.py))
 bench: $(READY)
-	$(BIN)/python benchmarks/bench_step.py
+	$(BIN)/python -m pytest -q --budget 100 $(KERNEL_BENCHMARKS)
+	$(BIN)/python benchmarks/bench_step.py --rounds 3
+
+bench-full: $(READY)
+	$(BIN)/python -m pytest -q --full $(KERNEL_BENCHMARKS)
+	$(BIN)/python benchmarks/bench_step.py --rounds 15
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -12,15 +12,13 @@ process of its own for each mode: the tensors that are alive at once, and what t
 import argparse
 import dataclasses
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
+from machine import describe, free_cores, peak_bytes
 
 from cocomix import CoCoMixConfig, CoCoMixForCausalLM, ConceptTeacher, SparseAutoencoder
 from cocomix.files import write_json
@@ -104,10 +102,7 @@ def measure_memory(mode: str, seq_len: int, device) -> dict[str, float]:
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return {"tensors_gib": torch.cuda.max_memory_allocated(device) / 2**30}
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step()
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    above = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]).max()
+    above, _ = peak_bytes(step, device)
     modules = [step.model] if step.teacher is None else [step.model, step.teacher.model, step.teacher.sae]
     weights = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
     return {"tensors_gib": (weights + above) / 2**30, "process_gib": peak_memory_gib(device)}
@@ -119,15 +114,6 @@ def memory_in_own_process(mode: str, options) -> dict[str, float]:
                "--threads", str(options.threads)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
     return json.loads(output.splitlines()[-1])
-
-
-def machine(device) -> dict:
-    """What the figures were measured on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                            cwd=Path(__file__).parent).stdout.strip()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "python": platform.python_version(), "commit": commit}
 
 
 def summarise(times, memory, seq_len) -> dict:
@@ -166,7 +152,7 @@ def print_table(rows) -> None:
 def main() -> None:
     """Measure, print, and keep the figures where asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=min(4, os.cpu_count()))
+    parser.add_argument("--threads", type=int, default=free_cores(), help="cores that are free, at most 4")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens in the window")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", help="also write the figures to this file")
@@ -179,10 +165,10 @@ def main() -> None:
         return
     memory = {mode: memory_in_own_process(mode, options) for mode in MODES}
     rows = summarise(measure_times(options.tokens, options.rounds, device), memory, options.tokens)
-    print(json.dumps(machine(device)))
+    print(json.dumps(describe(device)))
     print_table(rows)
     if options.json:
-        write_json(options.json, {"benchmark": "step", "machine": machine(device), "tokens": options.tokens,
+        write_json(options.json, {"benchmark": "step", "machine": describe(device), "tokens": options.tokens,
                                   "rounds": options.rounds, "rows": rows})
 
 

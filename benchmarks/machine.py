@@ -1,0 +1,161 @@
+"""What figures are measured on, and how time and memory are read there. One thing on a CPU, another on a GPU."""
+
+import gc
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+COMMIT_VARIABLE = "COCOMIX_COMMIT"  # names the commit where the code is a copy without its history
+_LEAD_PASSES = 4  # over a buffer of several caches' size: about 0.3 ms on an H100, more than a first launch takes
+_CACHES = 4  # "cold" means that this many caches' worth of other bytes came in between
+
+
+def describe(device: torch.device) -> dict:
+    """Device, driver, versions and commit, as every file of figures holds them."""
+    found = {"device": _cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device)}
+    if device.type == "cuda":
+        found |= {"driver": _driver(), "cuda": torch.version.cuda}
+    return found | {
+        "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "triton": _triton_version(), "python": platform.python_version(), "commit": commit(),
+    }
+
+
+def commit() -> str:
+    """The short commit, "-dirty" where tracked files differ from it, "unknown" where nothing tells."""
+    named = os.environ.get(COMMIT_VARIABLE)
+    return named or _output("git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*") or "unknown"
+
+
+def _cpu_name():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _driver():
+    return (_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown").splitlines()[0]
+
+
+def _triton_version():
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
+
+
+def _output(*command):
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=Path(__file__).parent)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def free_cores(most: int = 4) -> int:
+    """Cores that nothing else runs on just now, one to `most`: how many threads to use.
+
+    Threads that wait for one another on busy cores take a hundred times as long, which is no property of the code.
+    """
+    running = []
+    for _ in range(20):
+        try:
+            running.append(int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0]))
+        except OSError:
+            running.append(1)
+        time.sleep(0.01)
+    return max(1, min(most, (os.cpu_count() or 1) - sorted(running)[len(running) // 2] + 1))  # one of them is this
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The cache that inputs must not stay in: a GPU's L2, a CPU's last level."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    try:
+        size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+        return int(size.removesuffix("K")) * 1024
+    except (OSError, ValueError):
+        return 32 * 2**20
+
+
+def rotation_budget(device: torch.device) -> int:
+    """Bytes that the rotating inputs may take. On a CPU making them costs more time than a warmer cache is worth."""
+    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 256 * 2**20
+
+
+def rotating_sets(set_bytes: int, cache: int, budget: int) -> int:
+    """How many input sets to take turns with: several caches' worth, at least two, at most 16 and the budget."""
+    wanted = max(2, -(-_CACHES * cache // set_bytes))
+    return max(1, min(wanted, 16, budget // set_bytes))
+
+
+class Clock:
+    """Seconds of one call, as the device spends them.
+
+    On a GPU the time between two events on the stream. The host waits for an idle GPU, queues passes over a buffer of
+    several caches' size and only then the first event: so the cache is cold, the call's first launch is hidden as it
+    is in training, where the queue is never empty, and neither synchronisation nor Python before the call counts.
+    Where the GPU has to wait for the host within the call, that does count. On a CPU plain wall-clock time.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        if device.type == "cuda":
+            self.lead = torch.ones(_CACHES * cache_bytes(device) // 4, device=device)
+            self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def seconds(self, function) -> float:
+        """Time of `function()`, whose result is thrown away."""
+        if self.device.type == "cpu":
+            start = time.perf_counter()
+            result = function()
+            elapsed = time.perf_counter() - start
+            del result  # giving memory back is not part of the call
+            return elapsed
+        torch.cuda.synchronize(self.device)
+        for _ in range(_LEAD_PASSES):
+            self.lead.sum()
+        self.start.record()
+        result = function()
+        self.end.record()
+        self.end.synchronize()
+        del result
+        return self.start.elapsed_time(self.end) / 1e3
+
+
+def peak_bytes(function, device: torch.device):
+    """Call `function` and return (the most bytes that tensors took above those at the start, what it returned)."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before, result
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        result = function()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = np.cumsum([0] + [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    return int(held.max()), result
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device's memory was too small, on a GPU or on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: " in str(error)
+
+
+def give_memory_back(device: torch.device) -> None:
+    """Drop what nobody refers to and the allocator's spare blocks, so that the next call finds all there is."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
