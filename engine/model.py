@@ -18,13 +18,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.pytorch_utils import Conv1D
 
 from cocomix.config import MIXING
-from cocomix.kernels import (
-    concept_head,
-    concept_mix,
-    concept_vectors,
-    interleaved_attention,
-    linear_cross_entropy,
-)
+from cocomix.kernels import concept_add, concept_head, concept_mix, interleaved_attention, linear_cross_entropy
 
 _NORM_EPS = 1e-5  # added to the standard deviation, after the root
 
@@ -154,6 +148,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.doubled = layer >= config.doubled_from
+        self.backend = None  # of interleaved_attention; see CoCoMixModel.set_attention_backend
         self.c_attn = QueryKeyValue(config.n_embd, config.n_head)
         self.c_proj = ResidualProjection(config.n_embd, config.n_embd)
 
@@ -164,7 +159,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = (t.transpose(1, 2) for t in cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer))
         if mask is None and self.doubled:
-            out = interleaved_attention(q, k, v)
+            out = interleaved_attention(q, k, v, backend=None if concept_queries else self.backend)
         else:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
@@ -220,10 +215,8 @@ class CompressLayer(nn.Module):
 
     def forward(self, hidden, values, indices, pre_bias, mean, std, mixing):
         """hidden [B, T, d] -> [B, 2T, d] for "interleave", [B, T, d] for "add"."""
-        if mixing == "interleave":
-            return concept_mix(hidden, values, indices, self.weight, self.bias, pre_bias, mean, std)
-        concepts = concept_vectors(values, indices, self.weight, self.bias, pre_bias, mean, std)
-        return hidden + concepts.to(hidden.dtype)
+        mix = concept_mix if mixing == "interleave" else concept_add
+        return mix(hidden, values, indices, self.weight, self.bias, pre_bias, mean, std)
 
 
 class LanguageModelHead(nn.Linear):
@@ -242,6 +235,7 @@ class CoCoMixPreTrainedModel(PreTrainedModel):
     config_class = CoCoMixConfig
     base_model_prefix = "transformer"
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
     _skip_keys_device_placement = ["past_key_values"]
 
@@ -270,6 +264,7 @@ class CoCoMixModel(CoCoMixPreTrainedModel):
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.gradient_checkpointing = False  # of each block; set by gradient_checkpointing_enable()
         if config.mixing == "none":
             self.pre_bias = None
         else:
@@ -285,6 +280,14 @@ class CoCoMixModel(CoCoMixPreTrainedModel):
     def set_input_embeddings(self, value):
         """Replace the token embedding."""
         self.wte = value
+
+    def set_attention_backend(self, backend: str | None) -> None:
+        """Choose the backend of `interleaved_attention` over all queries; None leaves the choice to its rule.
+
+        The last block's concept queries always follow the rule: the libraries do not know them.
+        """
+        for block in self.h:
+            block.attn.backend = backend
 
     def forward(
         self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None,
@@ -309,7 +312,10 @@ class CoCoMixModel(CoCoMixPreTrainedModel):
             if layer >= config.doubled_from:
                 concept_queries = layer == config.n_layer - 1
                 mask = doubled_mask if doubled_mask is None or not concept_queries else doubled_mask[:, :, 1::2]
-            x = block(x, mask, past_key_values, concept_queries)
+            if self.gradient_checkpointing and self.training and past_key_values is None:
+                x = self._gradient_checkpointing_func(block, x, mask, None, concept_queries)
+            else:
+                x = block(x, mask, past_key_values, concept_queries)
         concepts = concepts or {}
         return CoCoMixModelOutput(last_hidden_state=self.ln_f(x), past_key_values=past_key_values, **concepts)
 

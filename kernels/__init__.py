@@ -2,13 +2,14 @@
 
 from cocomix.kernels.attribution import concept_attribution
 from cocomix.kernels.concept_head import ConceptHead, concept_head
-from cocomix.kernels.concept_mix import concept_mix, concept_vectors
+from cocomix.kernels.concept_mix import concept_add, concept_mix, concept_vectors
 from cocomix.kernels.interleaved_attention import interleaved_attention
 from cocomix.kernels.linear_cross_entropy import linear_cross_entropy
 from cocomix.kernels.topk_linear import topk_linear
 
 __all__ = [
     "ConceptHead",
+    "concept_add",
     "concept_attribution",
     "concept_head",
     "concept_mix",

@@ -9,6 +9,8 @@ from cocomix.kernels.checks import check_device, check_floats, check_integers, c
 from cocomix.kernels.chunking import accumulation_dtype, row_chunks
 from cocomix.kernels.dispatch import choose_backend
 
+_TRITON_LATENTS = 512  # its kernel sorts a token's attributions in the registers of one warp
+
 
 def _torch_backend(values, indices, grad, decoder, label_topk):
     n_tokens, k = indices.shape
@@ -24,13 +26,42 @@ def _torch_backend(values, indices, grad, decoder, label_topk):
     return labels
 
 
+@torch.library.custom_op("cocomix::concept_attribution", mutates_args=())
+def _triton_backend(
+    values: torch.Tensor,  # [N, k]
+    indices: torch.Tensor,  # [N, k]
+    grad: torch.Tensor,  # [N, d]
+    decoder: torch.Tensor,  # [C, d]
+    label_topk: int,
+) -> torch.Tensor:
+    from cocomix.kernels.triton_kernels.attribution import attribution_labels
+
+    labels = _labels(values, indices, grad, decoder, label_topk)
+    if label_topk > indices.shape[1]:
+        labels.fill_(-1)
+    attribution_labels(values, indices, grad, decoder, labels)
+    return labels
+
+
+@_triton_backend.register_fake
+def _labels(values, indices, grad, decoder, label_topk):
+    return indices.new_empty(indices.shape[0], label_topk, dtype=torch.int64)
+
+
+def _implementations(values, indices, grad, decoder):
+    if indices.shape[1] > _TRITON_LATENTS or torch.float64 in (values.dtype, grad.dtype, decoder.dtype):
+        return {"torch": _torch_backend}
+    return {"torch": _torch_backend, "triton": _triton_backend}
+
+
 @torch.no_grad()
 def concept_attribution(values, indices, grad, decoder, label_topk, *, backend=None) -> torch.Tensor:
     """The concepts with the largest strictly positive attribution s_i = a_i * <decoder_i, g>, largest first.
 
     values [N, k] active latents, indices [N, k] integers, grad [N, d] gradient of the teacher's loss with respect
     to the residual stream, decoder [C, d] with one row a concept (any floating dtypes; products accumulate in
-    float32). Returns [N, label_topk] int64, -1 where fewer attributions are positive; ties go to the lowest index.
+    float32; no triton backend for float64 or more than 512 latents a token). Returns [N, label_topk] int64, -1 where
+    fewer attributions are positive; ties go to the lowest index.
 
     Source: CoCoMix (arXiv 2502.08524), section 3: attribution. Raises `ValueError` for shapes, devices or indices
     that do not fit.
@@ -44,5 +75,6 @@ def concept_attribution(values, indices, grad, decoder, label_topk, *, backend=N
     check_device("concept_attribution", values=values, indices=indices, grad=grad, decoder=decoder)
     check_range("concept_attribution", "indices", indices, 0, sizes["C"])
     check_k("concept_attribution", label_topk, 65535, "label_topk")
-    run = choose_backend("concept_attribution", {"torch": _torch_backend}, backend, values.device)
+    implementations = _implementations(values, indices, grad, decoder)
+    run = choose_backend("concept_attribution", implementations, backend, values.device)
     return run(values, indices, grad, decoder, label_topk)

@@ -64,7 +64,7 @@ def add_product_(total, left, right) -> None:
     """total += left @ right, where `total` may have a higher precision than the factors."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
-    elif left.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
+    elif left.is_cuda:
         torch.ops.aten.addmm.dtype_out(total, left, right, total.dtype, out=total)
     else:
         total.add_(left @ right)

@@ -47,13 +47,22 @@ def concept_attribution(values, indices, grad, decoder, label_topk):
     return torch.where(best > 0, labels, -1)
 
 
+def _concepts(values, indices, weight, bias, pre_bias, mean, std):
+    code = torch.zeros(*values.shape[:2], weight.shape[0], dtype=values.dtype, device=values.device)
+    code = code.scatter(2, indices, values)
+    return (code @ weight.to(code.dtype) + bias + pre_bias) * std + mean
+
+
 def concept_mix(hidden, values, indices, weight, bias, pre_bias, mean, std):
     """Dense sparse-code vector, linear layer, de-normalisation, then h and c interleaved by stack and view."""
     batch, length, width = hidden.shape
-    code = torch.zeros(batch, length, weight.shape[0], dtype=values.dtype, device=values.device)
-    code = code.scatter(2, indices, values)
-    concept = (code @ weight.to(code.dtype) + bias + pre_bias) * std + mean
+    concept = _concepts(values, indices, weight, bias, pre_bias, mean, std)
     return torch.stack([hidden, concept.to(hidden.dtype)], dim=2).view(batch, 2 * length, width)
+
+
+def concept_add(hidden, values, indices, weight, bias, pre_bias, mean, std):
+    """Dense sparse-code vector, linear layer, de-normalisation, then h + c."""
+    return hidden + _concepts(values, indices, weight, bias, pre_bias, mean, std).to(hidden.dtype)
 
 
 def interleaved_attention(q, k, v, *, scale=None):

@@ -1,4 +1,4 @@
-"""`concept_mix` and `concept_vectors` against the reference: outputs, every gradient, precision and chunks."""
+"""`concept_mix`, `concept_add` and `concept_vectors` against the reference: outputs, every gradient, precision."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_helpers import assert_all_close, assert_no_worse_than, cast, leaves, run, set_chunk_bytes, trace
 
-from cocomix.kernels import concept_mix, concept_vectors, reference
+from cocomix.kernels import concept_add, concept_mix, concept_vectors, reference
 
 NAMES = ("hidden", "values", "indices", "weight", "bias", "pre_bias", "mean", "std")
 FLOATING = (0, 1, 3, 4, 5, 6, 7)
@@ -63,6 +63,23 @@ def test_even_rows_are_the_hidden_states_and_odd_rows_the_concepts():
     assert torch.equal(mixed[:, 0::2], inputs[0])
     assert torch.equal(mixed[:, 1::2], concepts)
     assert_all_close([mixed], [reference.concept_mix(*inputs)])
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 6, 30, 4), (1, 1, 1, 1, 1), (2, 3, 4, 7, 7), (0, 3, 4, 7, 2)])
+def test_adding_equals_the_reference_with_every_gradient(shape):
+    inputs = arguments(*shape)
+    grads = [torch.randn_like(inputs[0])]
+    actual, expected = run(concept_add, inputs, grads), run(reference.concept_add, inputs, grads)
+    assert_all_close(actual[0], expected[0])
+    assert_all_close(actual[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adding_is_hidden_and_concept_in_hiddens_dtype(dtype):
+    inputs = arguments(dtype=dtype, wide=torch.float32)
+    added = concept_add(*inputs)
+    assert added.dtype == dtype and added.shape == inputs[0].shape
+    assert torch.equal(added, inputs[0] + concept_vectors(*inputs[1:]).to(dtype))
 
 
 @pytest.mark.parametrize(("dtype", "wide"), [
@@ -185,11 +202,12 @@ REFUSED = [
 ]
 
 
+@pytest.mark.parametrize("operation", [concept_mix, concept_add])
 @pytest.mark.parametrize(("name", "value", "message"), REFUSED)
-def test_what_does_not_fit_is_refused_by_name(name, value, message):
+def test_what_does_not_fit_is_refused_by_name(name, value, message, operation):
     fitting = dict(zip(NAMES, arguments(dtype=torch.float32), strict=True))
-    with pytest.raises(ValueError, match="concept_mix: " + message):
-        concept_mix(**(fitting | {name: value}))
+    with pytest.raises(ValueError, match=f"{operation.__name__}: {message}"):
+        operation(**(fitting | {name: value}))
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
@@ -200,10 +218,11 @@ def test_another_device_is_refused_by_name(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiles_into_one_graph(dtype):
-    compiled = torch.compile(concept_mix, fullgraph=True, backend="aot_eager")
+@pytest.mark.parametrize(("operation", "positions"), [(concept_mix, 2), (concept_add, 1)])
+def test_compiles_into_one_graph(operation, positions, dtype):
+    compiled = torch.compile(operation, fullgraph=True, backend="aot_eager")
     for batch, length in ((2, 5), (2, 8)):
         inputs = arguments(batch, length, dtype=dtype, wide=torch.float32)
-        grads = [torch.randn(batch, 2 * length, 6).to(dtype)]
-        actual, expected = run(compiled, inputs, grads), run(concept_mix, inputs, grads)
+        grads = [torch.randn(batch, positions * length, 6).to(dtype)]
+        actual, expected = run(compiled, inputs, grads), run(operation, inputs, grads)
         assert_all_close(actual[0] + actual[1], expected[0] + expected[1], 1e-6, 1e-6)

@@ -234,17 +234,36 @@ def test_bfloat16_is_close_to_float32(mixing):
     assert all(gradient.dtype == torch.bfloat16 for gradient in actual.values())
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("mixing", ["interleave", "add", "none"])
-def test_a_compiled_model_is_one_graph_and_computes_the_same(mixing):
+def test_a_compiled_model_is_one_graph_and_computes_the_same(mixing, backend, checkpointing, monkeypatch):
     model = small_model(mixing=mixing)
     ids, labels = batch(model.config)
     eager, expected = losses_and_gradients(model, ids, labels)
     torch.compiler.reset()
+    monkeypatch.setenv("COCOMIX_BACKEND", backend)
+    if checkpointing:
+        model.train().gradient_checkpointing_enable()
     model.zero_grad()
     out = torch.compile(model, backend="aot_eager", fullgraph=True)(ids, labels=ids, concept_labels=labels)
     out.loss.backward()
     assert_close(out.loss, eager.loss)
     assert_close(gradients(model), expected)
+
+
+@pytest.mark.parametrize("mixing", ["interleave", "add", "none"])
+def test_checkpointed_blocks_are_computed_twice_and_give_the_same_gradients(mixing):
+    model = small_model(mixing=mixing).train()
+    ids, labels = batch(model.config)
+    calls = []
+    for block in model.transformer.h:
+        block.attn.register_forward_hook(lambda *_: calls.append(1))
+    _, expected = losses_and_gradients(model, ids, labels)
+    model.gradient_checkpointing_enable()
+    _, actual = losses_and_gradients(model, ids, labels)
+    assert_close(actual, expected, rtol=0, atol=0)
+    assert len(calls) == 3 * model.config.n_layer  # once without, twice with
 
 
 # --- initialisation, saving, loading

@@ -49,8 +49,8 @@ def assert_near(actual, expected, size=1.0):
 @st.composite
 def cases(draw):
     """Arguments of `tokens`, whether there is a base and a scale, and the dtype of what is written."""
-    n, k = draw(st.integers(0, 6)), draw(st.sampled_from((1, 2, 3, 7, 8, 9, 16, 19)))
-    width, d = draw(st.sampled_from((1, 2, 5, 40))), draw(st.sampled_from((1, 3, 8, 130, 300)))
+    n, k = draw(st.integers(0, 4)), draw(st.sampled_from((1, 2, 7, 8, 9, 19)))
+    width, d = draw(st.sampled_from((1, 2, 7))), draw(st.sampled_from((1, 3, 8, 130, 300)))
     dtypes = [draw(st.sampled_from(FLOATS)) for _ in range(2)]
     index_dtype = draw(st.sampled_from((torch.int64, torch.int32)))
     base = draw(st.sampled_from((None, *FLOATS)))
@@ -83,8 +83,8 @@ def test_sampled_dots_are_the_products_for_any_shape(case):
     assert_near(out, terms.sum(2), terms.abs().sum(2))
 
 
-@given(cases(), st.sampled_from((1, 2, 4, 128)), st.booleans())
-@settings(max_examples=60)
+@given(cases(), st.sampled_from((2, 5, 128)), st.booleans())
+@settings(max_examples=30)
 def test_scattered_rows_are_the_base_and_the_sums_for_any_shape_and_length_of_pieces(case, piece, with_sums):
     (values, indices, rows, matrix), base, scale, dtype = case
     width, d = matrix.shape
@@ -108,8 +108,8 @@ def pairs_per_concept(*counts):
     return concepts[torch.randperm(len(concepts))][:, None].to(DEVICE)
 
 
-@given(st.lists(st.sampled_from((0, 0, 1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 30)), min_size=1, max_size=8))
-@settings(max_examples=60)
+@given(st.lists(st.sampled_from((0, 1, 2, 3, 4, 5, 7, 8, 9, 13)), min_size=1, max_size=6))
+@settings(max_examples=40)
 def test_pieces_that_end_anywhere_cover_each_pair_once(counts):
     indices = pairs_per_concept(*counts)
     values = torch.randint(1, 9, indices.shape, device=DEVICE).float()  # integers, so that sums are exact
@@ -124,7 +124,7 @@ def test_pieces_that_end_anywhere_cover_each_pair_once(counts):
 
 
 def test_hot_concepts_of_real_piece_length_and_their_neighbours():
-    counts = (0, 127, 128, 129, 1, 255, 256, 257, 600, 0)
+    counts = (0, 127, 128, 129, 1, 257, 0)
     indices = pairs_per_concept(*counts)
     values = torch.randint(1, 9, indices.shape, device=DEVICE).float()
     rows = torch.randint(-4, 5, (len(indices), 3), device=DEVICE).float()
@@ -168,24 +168,32 @@ def test_a_plan_serves_several_scatters_and_keeps_equal_concepts_in_order():
 
 
 @pytest.mark.parametrize("width", [2**15, 2**16, 2**16 + 1])
-def test_the_last_concepts_of_wide_matrices_are_reached(width):
-    indices = torch.tensor([[0, width - 1], [width - 1, width // 2]], device=DEVICE)
+def test_a_plan_holds_the_last_concepts_of_wide_matrices(width):
+    indices = torch.tensor([[2, width - 1], [width - 1, 5]], device=DEVICE)
     plan = sparse.plan_by_concept(indices, width)
-    assert (plan.keys.dtype == torch.int16) == (width <= 2**16)
-    out, sums = blank(width, 1), blank(width)
-    sparse.scatter_rows(plan, torch.ones(2, 2, device=DEVICE), torch.tensor([[2.0], [3.0]], device=DEVICE), out, sums)
-    expected = {0: 2.0, width - 1: 5.0, width // 2: 3.0}
-    assert {c: out[c].item() for c in out.nonzero()[:, 0].tolist()} == expected
-    assert sums[[0, width // 2, width - 1]].tolist() == [1, 1, 2]
-    assert out.isfinite().all() and sums.sum() == 4
+    assert plan.n_concepts == width and (plan.keys.dtype == torch.int16) == (width <= 2**16)
+    assert (plan.keys.long() - plan.first_key).tolist() == [2, 5, width - 1, width - 1]
+    assert plan.tokens.tolist() == [0, 1, 0, 1]
+    assert plan.starts[[0, 2, 3, 5, 6, width - 1, width]].tolist() == [0, 0, 1, 1, 2, 2, 4]
+
+
+def test_a_scatter_reads_the_concepts_of_a_wide_plan():
+    indices = pairs_per_concept(1, 0, 9, 2, 14)
+    plan = sparse.plan_by_concept(indices, 2**16 + 1)
+    plan = plan._replace(starts=plan.starts[:6])  # the others have no pairs, and the interpreter is slow
+    values, rows, out = torch.randn(indices.shape, device=DEVICE), torch.randn(26, 3, device=DEVICE), blank(5, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparse, "PIECE", 4)
+        sparse.scatter_rows(plan, values, rows, out)
+    assert_near(out, *scattered(values, indices, rows, 5)[::2])
 
 
 def test_the_plan_for_a_total_adds_all_rows():
-    values, _, rows, _ = tokens(37, 1, 1, 5)
+    values, _, rows, _ = tokens(19, 1, 1, 5)
     out = blank(1, 5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sparse, "PIECE", 4)
-        sparse.scatter_rows(sparse.plan_for_total(37, rows.device), values, rows, out)
+        sparse.scatter_rows(sparse.plan_for_total(19, rows.device), values, rows, out)
     assert_near(out, (values.double() * rows).sum(0, keepdim=True), (values * rows).abs().sum(0).double())
 
 

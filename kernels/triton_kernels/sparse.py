@@ -134,13 +134,17 @@ def _pair_sum(
     total = tl.zeros([BLOCK], dtype=tl.float32)
     weight = 0.0
     for first in range(start, stop, STEP):
+        part = tl.zeros([BLOCK], dtype=tl.float32)  # sums of sums: a long sum in one register would be less exact
+        part_weight = 0.0
         for step in tl.static_range(STEP):
             inside = first + step < stop
             token = tl.load(tokens + first + step, mask=inside, other=0).to(tl.int64)
             value = tl.load(values + first + step, mask=inside, other=0.0).to(tl.float32)
             row = tl.load(rows + token * row_stride + columns, mask=inside & (columns < D), other=0.0)
-            total += value * row.to(tl.float32)
-            weight += value
+            part += value * row.to(tl.float32)
+            part_weight += value
+        total += part
+        weight += part_weight
     return total, weight
 
 
