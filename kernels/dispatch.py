@@ -8,25 +8,32 @@ BACKENDS = ("torch", "triton")
 VARIABLE = "COCOMIX_BACKEND"
 
 
-def choose_backend(operation: str, implementations: dict, backend: str | None, device: torch.device):
+def choose_backend(
+    operation: str, implementations: dict, backend: str | None, device: torch.device, default: str | None = None
+):
     """Return the implementation of `operation` to run.
 
-    `implementations` maps a backend's name to a function. An explicit `backend` is a demand and must exist. None
-    means the environment variable COCOMIX_BACKEND, or else triton on CUDA and torch elsewhere; either is a
-    preference, and an operation without that backend runs with torch. Raises `ValueError` for an unknown name, for a
-    demanded backend that the operation lacks, and for triton on a device where it cannot run.
+    `implementations` maps a backend's name to a function; names beyond `BACKENDS` are libraries that this operation
+    alone knows. An explicit `backend` is a demand and must exist. None means the environment variable
+    COCOMIX_BACKEND, which is one of `BACKENDS`, or else `default`, or else triton on CUDA and torch elsewhere; each is
+    a preference, and an operation without that backend runs with torch. Raises `ValueError` for an unknown name, for
+    a demanded backend that the operation lacks, and for any but torch on a device where it cannot run.
     """
     demanded = backend is not None
-    if backend is None:
-        backend = os.environ.get(VARIABLE) or ("triton" if device.type == "cuda" else "torch")
-    if backend not in BACKENDS:
+    if demanded:
+        known = tuple(dict.fromkeys((*BACKENDS, *implementations)))
+    else:
+        backend, known = os.environ.get(VARIABLE) or None, BACKENDS
+    if backend is not None and backend not in known:
         source = "backend" if demanded else VARIABLE
-        raise ValueError(f"{operation}: {source} is {backend!r}, expected one of {', '.join(BACKENDS)}")
+        raise ValueError(f"{operation}: {source} is {backend!r}, expected one of {', '.join(known)}")
+    if backend is None:
+        backend = default or ("triton" if device.type == "cuda" else "torch")
     if backend in implementations:
-        if backend == "triton" and not _triton_runs_on(device):
+        if not _runs_on(backend, device):
             raise ValueError(
-                f"{operation}: the triton backend needs CUDA tensors, these are on {device}; "
-                "use the torch backend there (TRITON_INTERPRET=1 lets tests interpret the kernels on a CPU)"
+                f"{operation}: the {backend} backend needs CUDA tensors, these are on {device}; "
+                "use the torch backend there (TRITON_INTERPRET=1 lets tests interpret the triton backend on a CPU)"
             )
         return implementations[backend]
     if demanded:
@@ -36,8 +43,12 @@ def choose_backend(operation: str, implementations: dict, backend: str | None, d
     return implementations["torch"]
 
 
-def _triton_runs_on(device):
-    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+def _runs_on(backend, device):
+    if device.type == "cuda" or backend == "torch":
+        return True
+    if backend != "triton":
+        return False
+    if os.environ.get("TRITON_INTERPRET") == "1":
         return True
     from cocomix.kernels.triton_kernels.launch import is_recording
 

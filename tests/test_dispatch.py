@@ -75,12 +75,28 @@ def test_a_demanded_backend_that_does_not_exist_is_refused():
         _calls()["linear_cross_entropy"](backend="triton")
 
 
+def test_a_library_that_one_operation_knows_is_for_an_argument_or_its_own_default(monkeypatch):
+    more = BOTH | {"library": "the library function"}
+    assert choose_backend("op", more, "library", CUDA) == "the library function"
+    assert choose_backend("op", more, None, CUDA, "library") == "the library function"
+    assert choose_backend("op", TORCH, None, CUDA, "library") == "the torch function"
+    with pytest.raises(ValueError, match="op: the library backend needs CUDA tensors, these are on cpu"):
+        choose_backend("op", more, "library", CPU)
+    with pytest.raises(ValueError, match="backend is 'other', expected one of torch, triton, library"):
+        choose_backend("op", more, "other", CUDA)
+    monkeypatch.setenv("COCOMIX_BACKEND", "triton")
+    assert choose_backend("op", more, None, CUDA, "library") == "the triton function"
+    monkeypatch.setenv("COCOMIX_BACKEND", "library")
+    with pytest.raises(ValueError, match="COCOMIX_BACKEND is 'library', expected one of torch, triton$"):
+        choose_backend("op", more, None, CUDA)
+
+
 @pytest.mark.parametrize("operation", _calls())
 def test_every_operation_takes_torch_and_refuses_an_unknown_backend(operation, monkeypatch):
     call = _calls()[operation]
     call(backend="torch")
-    with pytest.raises(ValueError, match=f"{operation}: backend is 'cudnn', expected one of torch, triton"):
-        call(backend="cudnn")
+    with pytest.raises(ValueError, match=f"{operation}: backend is 'cuda', expected one of torch, triton"):
+        call(backend="cuda")
     monkeypatch.setenv("COCOMIX_BACKEND", "cudnn")
     with pytest.raises(ValueError, match=f"{operation}: COCOMIX_BACKEND is 'cudnn'"):
         call()

@@ -1,13 +1,18 @@
 """`interleaved_attention` in both forms against its reference."""
 
+import sys
+from types import ModuleType, SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_helpers import assert_all_close, assert_no_worse_than, cast, leaves, run
+from kernel_helpers import assert_all_close, assert_no_worse_than, cast, leaves, relative_error, run
 
 from cocomix.kernels import interleaved_attention, reference
+
+OPERATION = sys.modules[interleaved_attention.__module__]
 
 FORMS = pytest.mark.parametrize("concept_queries", [False, True], ids=["every query", "concept queries"])
 
@@ -194,3 +199,137 @@ def test_compiles_into_one_graph(dtype, concept_queries):
         actual, expected = run(compiled, qkv, grads), run(function, qkv, grads)
         tight = 1e-5 if dtype == torch.float32 else 2e-2
         assert_all_close(actual[0] + actual[1], expected[0] + expected[1], tight, tight)
+
+
+def flash_attn_func(
+    q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+    deterministic=False, return_attn_probs=False,
+):
+    """The public function of flash_attn 2, which takes [B, S, H, D] and strided views."""
+    assert causal and not dropout_p and not return_attn_probs
+    assert deterministic == torch.are_deterministic_algorithms_enabled()
+    return reference.interleaved_attention(q, k, v, scale=softmax_scale)
+
+
+def masked_scores(q, k, scale):
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float()) * scale
+    return scores.masked_fill(torch.ones(scores.shape[2:]).triu(1).bool(), -torch.inf)
+
+
+def _flash_attn_fwd(q, k, v, *, softmax_scale=None, causal=False, return_lse=False):
+    """Of flash_attn 4: what torch.nn.attention calls, too."""
+    assert causal and return_lse
+    out = reference.interleaved_attention(q, k, v, scale=softmax_scale)
+    lse = masked_scores(q, k, softmax_scale).logsumexp(3)  # [B, H, S], whatever the strides
+    return out, lse.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, *, deterministic=False):
+    assert causal and deterministic == torch.are_deterministic_algorithms_enabled() and lse.is_contiguous()
+    p = (masked_scores(q, k, softmax_scale) - lse[..., None]).exp()
+    dp = torch.einsum("bqhd,bkhd->bhqk", dout.float(), v.float())
+    ds = p * (dp - (out.float() * dout.float()).sum(3).transpose(1, 2)[..., None]) * softmax_scale
+    dq, dk = torch.einsum("bhqk,bkhd->bqhd", ds, k.float()), torch.einsum("bhqk,bqhd->bkhd", ds, q.float())
+    return tuple(g.to(q.dtype) for g in (dq, dk, torch.einsum("bhqk,bqhd->bkhd", p, dout.float())))
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """Pretend that these versions of flash_attn are installed, on a GPU of this capability."""
+    def pretend(*versions, capability=(9, 0)):
+        package, cute, interface = (ModuleType(f"flash_attn{end}") for end in ("", ".cute", ".cute.interface"))
+        if 2 in versions:
+            package.flash_attn_func = flash_attn_func
+        if 4 in versions:
+            interface._flash_attn_fwd, interface._flash_attn_bwd = _flash_attn_fwd, _flash_attn_bwd
+        for module in (package, cute, interface):
+            installed = versions and (4 in versions or module is package)
+            monkeypatch.setitem(sys.modules, module.__name__, module if installed else None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        OPERATION._flash_versions.cache_clear()
+
+    yield pretend
+    OPERATION._flash_versions.cache_clear()
+
+
+def on_gpu(dtype=torch.bfloat16, size=64):
+    """What the choice of a backend reads of a query on a GPU."""
+    return SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(1, 4, 2, size))
+
+
+@pytest.mark.parametrize("version", [2, 4])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("scale", [None, 0.05])
+def test_flash_attn_is_called_as_its_interface_wants(install, version, compiled, scale):
+    install(version)
+    qkv = heads(6, False, size=64, dtype=torch.bfloat16)
+    grads = [torch.randn(qkv[0].shape)]
+
+    def function(q, k, v):
+        return OPERATION._flash_backend(q * 2, k, v, scale)
+
+    torch.compiler.reset()
+    actual = run(torch.compile(function, fullgraph=True, backend="aot_eager") if compiled else function, qkv, grads)
+    exact = cast(qkv, torch.float64)
+    expected = run(lambda q, k, v: reference.interleaved_attention(q * 2, k, v, scale=scale), exact, grads)
+    pairs = zip(actual[0] + actual[1], expected[0] + expected[1], strict=True)
+    assert all(relative_error(a, e) < 1e-2 for a, e in pairs)
+
+
+def test_flash_attn_is_deterministic_where_that_is_demanded(install):
+    torch.use_deterministic_algorithms(True)
+    try:
+        for version in (2, 4):
+            install(version)
+            q, k, v = leaves(heads(3, False, size=64, dtype=torch.bfloat16))
+            OPERATION._flash_backend(q, k, v, 0.1).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("installed", "capability", "dtype", "size", "version"),
+    [
+        ((), (9, 0), torch.bfloat16, 64, ""), ((2,), (9, 0), torch.bfloat16, 64, "2"),
+        ((4,), (9, 0), torch.float16, 128, "4"), ((2, 4), (10, 0), torch.bfloat16, 64, "4"),
+        ((2, 4), (8, 0), torch.bfloat16, 64, "2"), ((2, 4), (9, 0), torch.bfloat16, 256, "2"),
+        ((4,), (8, 0), torch.bfloat16, 64, ""), ((2, 4), (9, 0), torch.float32, 64, ""),
+        ((2,), (7, 5), torch.float16, 64, ""),
+    ],
+)
+def test_the_default_on_a_gpu_is_flash_attn_where_it_fits_and_triton_for_concept_queries(
+    install, installed, capability, dtype, size, version
+):
+    install(*installed, capability=capability)
+    q = on_gpu(dtype, size)
+    assert OPERATION._flash_version(q.device, dtype, size) == version
+    assert OPERATION._default(q, False) == ("flash" if version else "torch")
+    assert OPERATION._default(q, True) == "triton"
+    if not version:
+        with pytest.raises(ValueError, match=f"no flash_attn is installed that takes {dtype} and heads of {size}"):
+            OPERATION._flash_backend(q, None, None, None)
+
+
+def test_cudnn_is_the_only_kernel_that_may_run(monkeypatch):
+    allowed = []
+
+    def attention(q, k, v, **keywords):
+        cuda = torch.backends.cuda
+        allowed.append((cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.math_sdp_enabled()))
+        assert keywords == dict(is_causal=True, scale=0.3)
+        return v
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    q, k, v = heads(3, False)
+    assert torch.equal(OPERATION._implementations(q, False)["cudnn"](q, k, v, 0.3), v)
+    assert allowed == [(True, False, False)] and torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.mark.parametrize("backend", ["flash", "cudnn"])
+def test_libraries_need_a_gpu_and_every_query(backend):
+    q, k, v = heads(3, False)
+    with pytest.raises(ValueError, match=f"the {backend} backend needs CUDA tensors, these are on cpu"):
+        interleaved_attention(q, k, v, backend=backend)
+    message = f"of concept queries: backend is '{backend}', expected one of torch, triton$"
+    with pytest.raises(ValueError, match=message):
+        interleaved_attention(q[:, 1::2], k, v, backend=backend)

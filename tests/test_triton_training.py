@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cocomix.kernels.triton_kernels import attribution, cross_entropy, selection, sparse
+from cocomix.kernels.triton_kernels import attention, attribution, cross_entropy, mix, selection, sparse
 
 STEPS, WINDOWS = 3, 2
 
@@ -30,12 +30,14 @@ def note_launches(monkeypatch, *modules):
 @pytest.mark.slow
 @pytest.mark.parametrize("labels", ["cached", "online"])
 def test_losses_and_weights_equal_those_of_the_torch_backend(world, labels, monkeypatch):
-    started = note_launches(monkeypatch, attribution, cross_entropy, selection, sparse)
+    started = note_launches(monkeypatch, attention, attribution, cross_entropy, mix, selection, sparse)
     for backend in ("torch", "triton"):
         monkeypatch.setenv("COCOMIX_BACKEND", backend)
         assert world.train(f"{labels}-{backend}", *overrides(world, labels)) == 0
         assert bool(started) == (backend == "triton")
-    assert {"_row_topk_kernel", "_gradient_kernel", "_weighted_rows", "_scatter_pieces"} <= started
+    of_head, of_mixing = {"_row_topk_kernel", "_gradient_kernel", "_weighted_rows"}, {"_mix", "_mix_gradients"}
+    of_attention = {"_forward", "_backward_queries", "_backward_keys"}
+    assert of_head | of_mixing | of_attention | {"_scatter_pieces"} <= started
     assert ("_attribution_labels" in started) == (labels == "online")
     for key in ("loss", "ntp_loss", "concept_loss", "grad_norm"):
         plain, fused = (torch.tensor(world.losses(f"{labels}-{backend}", key)) for backend in ("torch", "triton"))
