@@ -43,11 +43,14 @@ quickstart: $(READY)
 	@echo "6/7 student with continuous concepts";               $(COCOMIX) train configs/quickstart/student.yaml $(QUICKSTART) --resume
 	@echo "7/7 report"; echo;                                   $(COCOMIX) report $(OUT)/ntp $(OUT)/cocomix --out $(OUT)/report
 
+# One process a core, each with one thread; a file's tests stay together, because they share what they set up.
+PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadfile
+
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -q -m slow
+	$(PYTEST) -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -25,7 +25,10 @@ EXTRAS = {
     "flash": ["flash-attn>=2.7"],
 }
 EXTRAS["all"] = EXTRAS["train"] + EXTRAS["report"] + EXTRAS["data"]
-EXTRAS["dev"] = EXTRAS["all"] + ["pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=5", "ruff>=0.9"]
+EXTRAS["dev"] = EXTRAS["all"] + [
+    "pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=5", "ruff>=0.9",
+    "pytest-xdist>=3.6",  # interpreted kernels are slow and take one core a process
+]
 
 setup(
     name="cocomix",

@@ -7,6 +7,7 @@ one. Each `aot_*` module yields the launches of some operations.
 """
 
 import argparse
+import dataclasses
 import importlib
 import json
 import multiprocessing
@@ -81,8 +82,14 @@ def _output(*command):
 
 
 def unique(launches) -> list:
-    """One launch for each distinct binary."""
-    return list({(as_source(one).hash(), one.num_warps, one.num_stages): one for one in launches}.values())
+    """One launch for each distinct binary, its tensors without their memory."""
+    found = {}
+    for one in launches:
+        key = as_source(one).hash(), one.num_warps, one.num_stages
+        if key not in found:
+            light = (a.to("meta") if torch.is_tensor(a) else a for a in one.arguments)
+            found[key] = dataclasses.replace(one, arguments=tuple(light))
+    return list(found.values())
 
 
 def compile_all(chips, modules) -> list[dict]:
@@ -91,7 +98,7 @@ def compile_all(chips, modules) -> list[dict]:
     jobs = []
     for chip in chips:
         for module in map(importlib.import_module, modules):
-            jobs += [(launch, chip) for launch in unique(list(module.launches(divmod(chip, 10))))]
+            jobs += [(launch, chip) for launch in unique(module.launches(divmod(chip, 10)))]
     global _jobs
     _jobs = jobs  # launches hold functions that cannot be pickled: the forked workers inherit them
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:

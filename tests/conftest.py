@@ -1,5 +1,5 @@
-"""What every test gets: two threads at most, interpreted Triton kernels where there is no GPU, and the same random
-numbers in any order of tests."""
+"""What every test gets: two threads at most (one where test processes share the cores), interpreted Triton kernels
+where there is no GPU, and the same random numbers in any order of tests."""
 
 import os
 
@@ -14,7 +14,7 @@ settings.register_profile(
     "cocomix", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("cocomix")
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 
 @pytest.fixture(autouse=True)
