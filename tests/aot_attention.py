@@ -6,9 +6,9 @@ from cocomix.kernels import interleaved_attention
 from cocomix.kernels.triton_kernels.launch import recording
 
 HEADS = 8
-# (head size, dtype, T): whole blocks with every dtype, and blocks that end early with the one that training uses
+# (head size, dtype, T): whole blocks with both sizes of an element, and blocks that end early
 CASES = [
-    *((size, dtype, 1024) for size in (64, 128) for dtype in (torch.bfloat16, torch.float16, torch.float32)),
+    *((size, dtype, 1024) for size in (64, 128) for dtype in (torch.bfloat16, torch.float32)),
     *((size, torch.bfloat16, 129) for size in (64, 128)),
 ]
 

@@ -1,17 +1,15 @@
 """Every launch that dispatch can choose for sparse products, attribution and concept mixing at real widths."""
 
-import itertools
-
 import torch
 
 from cocomix.kernels import concept_add, concept_attribution, concept_mix
 from cocomix.kernels.triton_kernels import sparse
 from cocomix.kernels.triton_kernels.launch import recording
 
-WIDTHS = (512, 768, 1024, 2048)
-CONCEPTS = 32768
-SHAPES = [(d, 32) for d in WIDTHS] + [(1024, k) for k in (1, 5, 20, 64)]  # widths, and all ways to step through k
-DTYPES = (torch.bfloat16, torch.float32)
+CONCEPTS = 1024  # how many there are changes no binary
+BF16, FP32 = torch.bfloat16, torch.float32
+# (d, k, dtype): the paper's widths and the teacher's, another way to step through k, and both sizes of an element
+SHAPES = [(512, 32, BF16), (768, 32, BF16), (1024, 32, BF16), (2048, 32, BF16), (1024, 5, BF16), (768, 32, FP32)]
 
 
 def _tokens(n, d, k, dtype):
@@ -50,7 +48,7 @@ def _mixing(d, k, dtype):
 def launches(capability: tuple[int, int]):
     """Yield the launches that would run on a GPU of this compute capability."""
     with recording(capability) as recorded:
-        for (d, k), dtype in itertools.product(SHAPES, DTYPES):
+        for d, k, dtype in SHAPES:
             for family in (_products, _attribution, _mixing):
                 family(d, k, dtype)
                 yield from recorded
