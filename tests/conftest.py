@@ -10,6 +10,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, hence before anything else
 from hypothesis import HealthCheck, settings
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # test processes share the cores, and so do the programs that tests start
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 settings.register_profile(
     "cocomix", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
