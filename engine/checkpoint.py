@@ -1,22 +1,25 @@
-"""Checkpoints of a run: DeepSpeed's state and the model as a transformers folder, never half.
+"""Checkpoints of a run: the training state in pieces and the model as a transformers folder, never half.
 
-RUN/checkpoints/step-00000100/ holds DeepSpeed's files, model/ and trainer.json; RUN/checkpoints/latest.json names the
-newest complete one. It is written aside and renamed after every rank has finished writing.
+RUN/checkpoints/step-00000100/ holds state/ (one file a rank, see `training_state`), model/ and trainer.json;
+RUN/checkpoints/latest.json names the newest complete one. It is written aside and renamed after every rank has
+finished writing.
 """
 
 import contextlib
 import errno
 import re
+import secrets
 import shutil
 from pathlib import Path
 
 from cocomix.distributed import Ranks
 from cocomix.errors import CocomixError
 from cocomix.files import atomic_folder, explain_full_disk, read_json, write_json
+from cocomix.training_state import adam_steps, load_pieces, publish_weights, save_pieces
 
-_STATE = "deepspeed"
-# How the writers of PyTorch, safetensors and tokenizers, which raise no OSError, say that the disk is full.
-_WRITE_FAILED = re.compile(r"os error (27|28|122)\b|inline_container|PytorchStreamWriter|iostream error")
+_VERSION = 2
+# How the writers of safetensors and tokenizers, which raise no OSError, say that the disk is full.
+_WRITE_FAILED = re.compile(r"os error (27|28|122)\b")
 
 
 def checkpoints_folder(run) -> Path:
@@ -61,18 +64,22 @@ def model_folder(path) -> Path:
 def save_checkpoint(engine, run, step: int, trainer_state: dict, ranks: Ranks, keep: int, tokenizer) -> Path:
     """Write a checkpoint (all ranks call this) and thin out the older ones to `keep`.
 
-    Raises `CocomixError` on a full disk; the older checkpoints are untouched then.
+    `trainer_state` holds JSON values. Raises `CocomixError` on a full disk; the older checkpoints are untouched then.
     """
     folder = checkpoints_folder(run) / f"step-{step:08d}"
     if ranks.is_first:
         shutil.rmtree(folder, ignore_errors=True)
-    ranks.barrier()
+    save_id = ranks.from_first(secrets.token_hex(8))
     try:
         with _explain_full_disk(folder):
-            engine.save_checkpoint(str(folder), tag=_STATE, client_state={}, save_latest=False)
+            save_pieces(engine, folder / "state", save_id, ranks)
         save_model(engine, folder / "model", ranks, tokenizer)
         if ranks.is_first:
-            write_json(folder / "trainer.json", {"step": step, **trainer_state})
+            write_json(folder / "trainer.json", {
+                "version": _VERSION, "save_id": save_id, "world_size": ranks.world, "step": step,
+                "adam_steps": adam_steps(engine), "skipped_steps": engine.skipped_steps,
+                "schedule_steps": engine.lr_scheduler.last_epoch, **trainer_state,
+            })
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -106,7 +113,7 @@ def _explain_full_disk(path):
 
 def save_model(engine, folder: Path, ranks: Ranks, tokenizer) -> None:
     """Write the model as a transformers folder, from the fp32 master weights (all ranks call this)."""
-    state = _full_precision_state(engine)
+    state = _full_precision_state(engine, ranks)
     if ranks.is_first:
         with _explain_full_disk(folder), atomic_folder(folder) as aside:
             engine.module.save_pretrained(aside, state_dict=state)
@@ -114,45 +121,46 @@ def save_model(engine, folder: Path, ranks: Ranks, tokenizer) -> None:
     ranks.barrier()
 
 
-def load_checkpoint(engine, checkpoint: Path, ranks: Ranks) -> dict:
-    """Bring the engine to a checkpoint's state; returns what `trainer_state` held, with `step`.
-
-    Raises `CocomixError` where the checkpoint does not fit this model, number of ranks or ZeRO stage.
-    """
-    stored = read_json(checkpoint / "model" / "config.json", "the checkpoint's model config")
-    own = engine.module.config.to_dict()
-    shape = ("n_embd", "n_layer", "n_head", "vocab_size", "n_positions", "mixing", "concept_dim", "concept_topk",
-             "insert_layer")
-    differing = [f"{key} is {stored.get(key)} there and {own.get(key)} here" for key in shape
-                 if stored.get(key) != own.get(key)]
-    if differing:
-        raise CocomixError(
-            f"{checkpoint} was made by a model of another shape: {'; '.join(differing)}. Use the config that the run "
-            "was started with, or another train.run"
-        )
+def read_trainer_state(checkpoint: Path) -> dict:
+    """What `save_checkpoint` wrote into trainer.json. Raises `CocomixError` where this version cannot go on from it."""
     state = read_json(checkpoint / "trainer.json", "the checkpoint's training state")
-    for key, own_value in (("world_size", ranks.world), ("zero_stage", engine.zero_optimization_stage())):
-        if state[key] != own_value:
-            raise CocomixError(
-                f"{checkpoint} was saved with {key}={state[key]} and this run has {own_value}: resume with the same"
-            )
-    failure = None
-    try:
-        path, _ = engine.load_checkpoint(str(checkpoint), tag=_STATE)
-        if path is None:
-            failure = "DeepSpeed's files are missing"
-    except Exception as error:  # whatever a damaged file makes the loader raise, on this rank alone
-        failure = f"{type(error).__name__}: {error}"
-    if ranks.any(failure is not None):
-        raise CocomixError(f"{checkpoint} cannot be loaded: {failure or 'another rank failed'}")
+    if state.get("version") != _VERSION:
+        raise CocomixError(f"{checkpoint} was written by another version of cocomix: go on with that one")
     return state
 
 
-def _full_precision_state(engine) -> dict:
+def load_checkpoint(engine, checkpoint: Path, ranks: Ranks) -> None:
+    """Bring a fresh engine to a checkpoint's state (all ranks call this), whatever ranks and stage it was saved with.
+
+    Raises `CocomixError` on all ranks where a file is missing, damaged or of another save.
+    """
+    state, failure = read_trainer_state(checkpoint), None
+    try:
+        load_pieces(engine, checkpoint / "state", state["save_id"], state["world_size"], state["adam_steps"], ranks)
+    except CocomixError as error:  # on this rank alone
+        failure = str(error)
+    if ranks.any(failure is not None):
+        raise CocomixError(f"{checkpoint} cannot be loaded: {failure or 'another rank failed'}")
+    publish_weights(engine)
+    engine.global_steps, engine.skipped_steps = state["step"], state["skipped_steps"]
+    _set_schedule(engine.lr_scheduler, state["schedule_steps"])
+
+
+def _set_schedule(schedule, steps: int) -> None:
+    """Go to where the schedule stands after `steps` steps; the rates come from the config, not from the checkpoint."""
+    rates = [peak * factor(steps) for peak, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule.last_epoch, schedule._last_lr = steps, rates
+
+
+def _full_precision_state(engine, ranks: Ranks) -> dict:
+    """The fp32 weights by name, gathered one by one, on the first rank; the others keep nothing."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     state = {}
     for name, parameter in engine.module.named_parameters():
         full = safe_get_full_fp32_param(parameter)
-        state[name] = (parameter.detach() if full is None else full).float().cpu().contiguous()
+        if ranks.is_first:
+            state[name] = (parameter.detach() if full is None else full).float().cpu().contiguous()
     return state

@@ -95,7 +95,10 @@ class TrainConfig:
     weight_decay: float = 0.1
     grad_clip: float = 1.0
     precision: str = "fp32"  # fp32 | bf16 (fp32 master weights)
-    zero_stage: int = 1
+    zero_stage: int = 1  # DeepSpeed splits over the ranks: 1 optimizer state, 2 gradients too, 3 weights too; 0 nothing
+    offload_optimizer: bool = False  # optimizer state and step on the CPU
+    activation_checkpointing: bool = False  # keep only the blocks' inputs and compute the rest again when needed
+    compile: bool = False  # torch.compile each block
     seed: int = 0  # of initialisation and data order
     log_every: int = 10
     eval_every: int = 500
@@ -231,10 +234,12 @@ def _validate(config: Config, where: str) -> None:
          f"model.n_embd ({model.n_embd}) must be a multiple of model.n_head ({model.n_head})"),
         (train.precision in ("fp32", "bf16"), f"train.precision is {train.precision!r}; it must be fp32 or bf16"),
         (teacher.dtype in ("fp32", "bf16"), f"teacher.dtype is {teacher.dtype!r}; it must be fp32 or bf16"),
-        (train.zero_stage in (0, 1, 2), f"train.zero_stage is {train.zero_stage}; stages 0, 1 and 2 are supported"),
+        (train.zero_stage in (0, 1, 2, 3), f"train.zero_stage is {train.zero_stage}; it must be 0, 1, 2 or 3"),
         (not (train.precision == "bf16" and train.zero_stage == 0),
-         "train.precision=bf16 needs train.zero_stage 1 or 2: at stage 0 DeepSpeed takes a spurious optimizer step "
+         "train.precision=bf16 needs train.zero_stage 1, 2 or 3: at stage 0 DeepSpeed takes a spurious optimizer step "
          "while it initialises"),
+        (not (train.offload_optimizer and train.zero_stage == 0),
+         "train.offload_optimizer needs train.zero_stage 1, 2 or 3"),
         (train.global_batch % train.micro_batch == 0,
          f"train.global_batch ({train.global_batch}) must be a multiple of train.micro_batch ({train.micro_batch})"),
         (0 <= train.min_lr_ratio <= 1, "train.min_lr_ratio must lie between 0 and 1"),

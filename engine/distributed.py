@@ -39,6 +39,14 @@ class Ranks:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
 
+    def from_first(self, value):
+        """The first rank's `value` (anything that pickles) on every rank; all ranks must ask together."""
+        if self.world == 1:
+            return value
+        values = [value]
+        torch.distributed.broadcast_object_list(values, device=self.device)
+        return values[0]
+
     def barrier(self) -> None:
         """Wait until all ranks have come here."""
         if self.world > 1:

@@ -105,7 +105,7 @@ def atomic_folder(path):
         with _explain_refusal(given):
             for folder, _, files in os.walk(aside):
                 for name in (*files, ""):
-                    _sync(Path(folder, name))
+                    sync_to_disk(Path(folder, name))
             _exchange(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -124,11 +124,11 @@ def _exchange(new: Path, path: Path) -> None:
         if replaces:
             os.replace(old, path)
         raise
-    _sync(path.parent)
+    sync_to_disk(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
     """Bring a file's contents or a folder's entries to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

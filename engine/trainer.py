@@ -1,9 +1,8 @@
 """Pretraining with DeepSpeed ZeRO: tokens and concept labels in, metrics, checkpoints and a model out."""
 
-import contextlib
 import dataclasses
+import functools
 import importlib.metadata
-import io
 import math
 import signal
 import statistics
@@ -14,79 +13,19 @@ import torch
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 
-from cocomix.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, save_model
-from cocomix.config import Config, TrainConfig
+from cocomix.checkpoint import latest_checkpoint, load_checkpoint, read_trainer_state, save_checkpoint, save_model
+from cocomix.config import Config
 from cocomix.data import MicroBatchSampler, TokenFiles, WindowDataset, WindowOrder
-from cocomix.distributed import Ranks, import_deepspeed, process_group, rank_and_world
+from cocomix.deepspeed_engine import build_engine
+from cocomix.distributed import Ranks, process_group, rank_and_world
 from cocomix.errors import CocomixError
 from cocomix.evaluate import perplexity, validation_loss
 from cocomix.files import read_json, write_json
 from cocomix.labels import LabelSource
 from cocomix.metrics import MetricsLog, peak_memory_gib, progress_bar
+from cocomix.resume import require_same_run, settings
 
 EXIT_RESUME = 75  # the run was interrupted and saved: start it again with --resume (EX_TEMPFAIL of sysexits.h)
-
-_MANAGED = {
-    "train_batch_size": "train.global_batch",
-    "train_micro_batch_size_per_gpu": "train.micro_batch",
-    "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
-    "gradient_clipping": "train.grad_clip",
-    "optimizer": "train.lr, train.beta1, train.beta2, train.eps and train.weight_decay",
-    "scheduler": "train.warmup_steps and train.min_lr_ratio",
-    "bf16": "train.precision",
-    "fp16": "train.precision",
-}
-
-
-def learning_rate_factor(config: TrainConfig, total_steps: int):
-    """Step (0-based) -> share of the peak rate: linear warm-up, then cosine to `min_lr_ratio`, as in the paper."""
-
-    def factor(step: int) -> float:
-        if step < config.warmup_steps:
-            return (step + 1) / config.warmup_steps
-        progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
-        return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
-
-    return factor
-
-
-def deepspeed_config(config: Config, world: int) -> dict:
-    """DeepSpeed's settings: the config's `deepspeed:` section with the training section filled in.
-
-    Raises `CocomixError` where the section sets what belongs to `train:`, and where batch sizes do not divide.
-    """
-    train = config.train
-    for key, owner in _MANAGED.items():
-        if key in config.deepspeed:
-            raise CocomixError(f"deepspeed.{key} is filled in from {owner}: set that instead")
-    zero = config.deepspeed.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        raise CocomixError(f"deepspeed.zero_optimization is {zero!r}; it must be a section of DeepSpeed's settings")
-    if zero.get("stage", train.zero_stage) != train.zero_stage:
-        raise CocomixError("deepspeed.zero_optimization.stage is filled in from train.zero_stage: set that instead")
-    if train.global_batch % (train.micro_batch * world):
-        raise CocomixError(
-            f"train.global_batch ({train.global_batch}) must be a multiple of train.micro_batch ({train.micro_batch}) "
-            f"x {world} ranks"
-        )
-    settings = {
-        "train_batch_size": train.global_batch,
-        "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": train.global_batch // (train.micro_batch * world),
-        "gradient_clipping": train.grad_clip,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
-    }
-    if train.precision == "bf16":
-        # Without the last two DeepSpeed sums gradients over micro batches and ranks in bf16.
-        settings |= {
-            "bf16": {"enabled": True},
-            "data_types": {"grad_accum_dtype": "fp32"},
-            "communication_data_type": "fp32",
-        }
-    return {**settings, **config.deepspeed, "zero_optimization": {**zero, "stage": train.zero_stage}}
-
 
 def train(config: Config, resume: bool = False) -> int:
     """`cocomix train`: pretrain, and return the exit code (0, or `EXIT_RESUME` when interrupted).
@@ -130,32 +69,18 @@ class Trainer:
         self.step, self.elapsed_s = 0, 0.0
         self.log = self.validation_loss = self.stop_signal = None
         self.lr = self.grad_norm = math.nan  # of the last step
-        self.engine = self._build_engine()
+        model = self._build_model()
+        self.n_parameters = sum(p.numel() for p in model.parameters())  # now: at stage 3 they become empty
+        self.engine = build_engine(model, config, ranks.device, ranks.world)
 
-    def _build_engine(self):
+    def _build_model(self):
         from cocomix.model import CoCoMixConfig, CoCoMixForCausalLM
 
-        train = self.config.train
-        torch.manual_seed(train.seed)
-        model = CoCoMixForCausalLM(CoCoMixConfig(
+        torch.manual_seed(self.config.train.seed)
+        return CoCoMixForCausalLM(CoCoMixConfig(
             **dataclasses.asdict(self.config.model), vocab_size=self.tokens.vocab_size,
             n_positions=self.config.data.seq_len, bos_token_id=self.tokens.eot_id, eos_token_id=self.tokens.eot_id,
-        )).to(self.ranks.device)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps,
-            weight_decay=train.weight_decay, fused=True,
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, learning_rate_factor(train, self.config.total_steps))
-        settings = deepspeed_config(self.config, self.ranks.world)
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer reports memory there
-                engine, *_ = import_deepspeed().initialize(
-                    model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings)
-        except (ValueError, AssertionError) as error:  # ValueError: pydantic's too
-            reason = " ".join(str(error).split())
-            raise CocomixError(f"DeepSpeed does not take the settings in `deepspeed:`: {reason}") from error
-        return engine
+        ))
 
     def _open_log(self) -> MetricsLog | None:
         if not self.ranks.is_first:
@@ -173,7 +98,7 @@ class Trainer:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
             f"CPU, {torch.get_num_threads()} threads",
             "world_size": self.ranks.world,
-            "parameters": sum(p.numel() for p in self.engine.module.parameters()),
+            "parameters": self.n_parameters,
             "tokens_per_step": self.config.tokens_per_step,
             "total_steps": self.config.total_steps,
             "seq_len": self.config.data.seq_len,
@@ -221,9 +146,23 @@ class Trainer:
         checkpoint = latest_checkpoint(self.run)
         if checkpoint is None:
             return
-        state = load_checkpoint(self.engine, checkpoint, self.ranks)
-        self._require_same_data(state, checkpoint)
+        state = read_trainer_state(checkpoint)
+        changes = require_same_run(state["identity"], self._identity(), checkpoint)
+        load_checkpoint(self.engine, checkpoint, self.ranks)
         self.step, self.elapsed_s = state["step"], state["elapsed_s"]
+        if self.ranks.is_first and changes:
+            print(f"{self.run} goes on after step {self.step} with changes: {'; '.join(changes)}")
+
+    def _identity(self) -> dict:
+        """What decides about the trajectory, and all settings: a resumed run is compared with it."""
+        labels = {f"the labels' {name}": value for name, value in self._label_fingerprints.items()}
+        return {**settings(self.config), "the text's fingerprint": self.train_split.fingerprint, **labels}
+
+    @functools.cached_property
+    def _label_fingerprints(self) -> dict[str, str]:
+        if self.labels.cache is not None:
+            return self.labels.cache.fingerprints
+        return {} if self.labels.teacher is None else self.labels.teacher.fingerprints()
 
     def close(self) -> None:
         """Close the metrics and release the engine."""
@@ -239,7 +178,10 @@ class Trainer:
             WindowOrder(len(dataset), config.train.seed), config.train.global_batch, config.train.micro_batch,
             self.ranks.rank, self.ranks.world, self.step, config.total_steps,
         )
-        return iter(DataLoader(dataset, batch_sampler=sampler, pin_memory=self.ranks.device.type == "cuda"))
+        return iter(DataLoader(
+            dataset, batch_sampler=sampler, pin_memory=self.ranks.device.type == "cuda",
+            generator=torch.Generator(),  # making another loader on resume must not draw from the common one
+        ))
 
     def _train_step(self, batches) -> dict[str, torch.Tensor]:
         """One optimizer step; returns the sums of the losses over this rank's micro batches."""
@@ -316,23 +258,10 @@ class Trainer:
                            perplexity=perplexity(self.validation_loss), elapsed_s=self.elapsed_s)
 
     def _save(self) -> None:
-        state = {
-            "elapsed_s": self.elapsed_s, "world_size": self.ranks.world, "zero_stage": self.config.train.zero_stage,
-            "seed": self.config.train.seed, "global_batch": self.config.train.global_batch,
-            "data": self.train_split.fingerprint, "seq_len": self.config.data.seq_len,
-        }
-        save_checkpoint(self.engine, self.run, self.step, state, self.ranks, self.config.train.keep_checkpoints,
-                        self.tokenizer)
-
-    def _require_same_data(self, state, checkpoint) -> None:
-        now = {"seed": self.config.train.seed, "global_batch": self.config.train.global_batch,
-               "data": self.train_split.fingerprint, "seq_len": self.config.data.seq_len}
-        differing = [f"{key} was {state[key]} and is {value}" for key, value in now.items() if state[key] != value]
-        if differing:
-            raise CocomixError(
-                f"{checkpoint} was trained on other batches: {'; '.join(differing)}. Use the config that the run was "
-                "started with, or another train.run"
-            )
+        save_checkpoint(
+            self.engine, self.run, self.step, {"elapsed_s": self.elapsed_s, "identity": self._identity()}, self.ranks,
+            self.config.train.keep_checkpoints, self.tokenizer,
+        )
 
     def _finish(self) -> int:
         if self.validation_loss is None:  # interrupted between the last checkpoint and here

@@ -1,9 +1,11 @@
 """A tiny world for tests of whole runs: text, token files, a random teacher with a random SAE, and label caches."""
 
 import json
+import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -15,13 +17,17 @@ from safetensors.torch import load_file
 
 from cocomix.cli import main
 from cocomix.config import Config, load_config
-from cocomix.data import TokenFiles, prepare
+from cocomix.data import TokenFiles, WindowOrder, prepare, step_windows
 from cocomix.labels import LabelCache, data_fingerprints
 from cocomix.labels import run as make_labels
+from cocomix.model import CoCoMixConfig, CoCoMixForCausalLM
 from cocomix.sae import SparseAutoencoder
 
 SEQ_LEN, LATENTS, LABEL_TOPK, STEPS = 16, 64, 3, 12
 TORCHRUN = ("torchrun", "--nproc-per-node", "2", "-m")
+# The defaults keep parameters as small as the tests' on every rank.
+PARTITION_ALL = [f"deepspeed.zero_optimization.stage3_{name}=0" for name in (
+    "param_persistence_threshold", "max_reuse_distance", "max_live_parameters", "prefetch_bucket_size")]
 WORDS = "the a cat dog fox runs jumps over under quick lazy brown and or of to tree house river sleeps eats".split()
 
 CONFIG = f"""
@@ -99,6 +105,25 @@ class World:
         done = subprocess.run(self.command(run, *overrides, launcher=launcher), env=environment(threads=1),
                               capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
+
+    def train_on(self, ranks: int, runs: dict[str, list[str]]) -> None:
+        """`cocomix train` for each of `runs` (name: overrides and options), one after the other on `ranks` processes:
+        starting processes takes longer than training."""
+        commands = [["train", str(self.config), f"train.run={self.folder / run}", *more] for run, more in runs.items()]
+        launcher = Path(sys.executable).with_name("torchrun")
+        done = subprocess.run(
+            [launcher, "--nproc-per-node", str(ranks), Path(__file__).with_name("several_runs.py"),
+             json.dumps(commands)],
+            env=environment(threads=1), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def cut(self, run: str, copy: str, step: int) -> str:
+        """A copy of a finished run as it was when it had just saved `step`; its name."""
+        shutil.copytree(self.folder / run, self.folder / copy)
+        shutil.rmtree(self.folder / copy / "model")
+        pointer = {"step": step, "folder": f"step-{step:08d}"}
+        (self.folder / copy / "checkpoints/latest.json").write_text(json.dumps(pointer))
+        return copy
 
     def command(self, run: str, *overrides: str, launcher=()) -> list[str]:
         """The command line of `cocomix train`, by default for one process."""
@@ -178,6 +203,44 @@ def labelled_world(folder: Path) -> World:
     world.add_uneven_labels("uneven")
     make_labels(world.load(f"labels.cache={folder}/labels"))
     return world
+
+
+def reference_run(world, *overrides):
+    """The method in plain PyTorch: whole global batches, AdamW, clipping, warm-up and cosine.
+
+    Returns losses, learning rates and gradient norms by step, and the weights.
+    """
+    config = world.load(*overrides)
+    train, tokens = config.train, TokenFiles.open(config.data.folder)
+    cache = LabelCache.open(config.labels.cache) if config.labels.cache else None
+    split = tokens.split("train")
+    torch.manual_seed(train.seed)
+    shape = {**vars(config.model), "vocab_size": tokens.vocab_size, "n_positions": SEQ_LEN}
+    model = CoCoMixForCausalLM(CoCoMixConfig(**shape))
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, foreach=False)
+    order = WindowOrder(split.n_windows(SEQ_LEN), train.seed)
+    losses, rates, norms = [], [], []
+    for step in range(STEPS):
+        windows = step_windows(order, step, train.global_batch)
+        ids = torch.from_numpy(np.stack([split.window(i, SEQ_LEN) for i in windows]))
+        labels = torch.from_numpy(np.stack([cache.window(i) for i in windows])) if cache else None
+        loss = model(ids, labels=ids, concept_labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)))
+        cosine = 0.5 * (1 + math.cos(math.pi * (step - 3) / (STEPS - 3)))
+        rates.append(train.lr * ((step + 1) / 3 if step < 3 else 0.1 + 0.9 * cosine))
+        optimizer.param_groups[0]["lr"] = rates[-1]
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, rates, norms, model.state_dict()
+
+
+def stage(number: int) -> list[str]:
+    """Overrides for a ZeRO stage; at stage 3 with every parameter split, and Adam's state in several parts."""
+    if number != 3:
+        return [f"train.zero_stage={number}"]
+    return ["train.zero_stage=3", *PARTITION_ALL, "deepspeed.zero_optimization.sub_group_size=4000"]
 
 
 def uneven(world, *more) -> list[str]:

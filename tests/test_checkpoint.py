@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from run_helpers import STEPS, World, assert_close_weights, assert_equal_runs
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from cocomix.checkpoint import latest_checkpoint, model_folder, save_checkpoint
 from cocomix.distributed import Ranks
@@ -84,7 +86,7 @@ def test_a_run_without_checkpoints_has_no_latest_one(tmp_path):
 
 def test_a_checkpoint_that_latest_does_not_name_is_never_used(world, half):
     folder = world.folder / half / "checkpoints"
-    (folder / "step-00000010/deepspeed").mkdir(parents=True)  # killed in mid-write
+    (folder / "step-00000010/state").mkdir(parents=True)  # killed in mid-write
     shutil.copytree(folder / "step-00000008", folder / "step-00000011")  # whole, but killed before it was named
     assert latest_checkpoint(folder.parent).name == "step-00000008"
     assert world.train(half, *settings(world), resume=True) == 0
@@ -94,7 +96,7 @@ def test_a_checkpoint_that_latest_does_not_name_is_never_used(world, half):
 def test_leftovers_of_a_killed_save_do_not_push_out_complete_checkpoints(world, half, monkeypatch):
     folder = world.folder / half / "checkpoints"
     for step in (11, 12, 40):
-        (folder / f"step-000000{step}/deepspeed").mkdir(parents=True)
+        (folder / f"step-000000{step}/state").mkdir(parents=True)
     with monkeypatch.context() as patch:
         stop_after(patch, 10)
         assert world.train(half, *settings(world), "train.keep_checkpoints=1", resume=True) == 75
@@ -136,40 +138,64 @@ def test_the_model_in_a_checkpoint_is_whole_for_transformers(world):
 
 
 @pytest.mark.parametrize(("override", "message"), [
-    ("model.n_embd=16", "n_embd is 32 there and 16 here"),
-    ("model.n_layer=4", "n_layer is 3 there and 4 here"),
-    ("model.concept_topk=5", "concept_topk is 4 there and 5 here"),
-    ("model.insert_layer=2", "insert_layer is 1 there and 2 here"),
-    ("model.mixing=add", "mixing is interleave there and add here"),
-    ("train.global_batch=16", "global_batch was 8 and is 16"),
-    ("train.seed=1", "seed was 0 and is 1"),
-    ("train.zero_stage=2", "zero_stage=1 and this run has 2"),
-    ("train.zero_stage=0", "zero_stage=1 and this run has 0"),
+    ("model.n_embd=16", "model.n_embd was 32 and is 16"),
+    ("model.n_layer=4", "model.n_layer was 3 and is 4"),
+    ("model.mixing=add", "model.mixing was interleave and is add"),
+    ("train.global_batch=16", "train.global_batch was 8 and is 16"),
+    ("train.seed=1", "train.seed was 0 and is 1"),
+    ("train.weight_decay=0.2", "train.weight_decay was 0.1 and is 0.2"),
+    ("train.precision=bf16", "train.precision was fp32 and is bf16"),
 ])
 def test_a_checkpoint_of_another_run_is_refused_by_name(world, half, capsys, override, message):
     assert message in refused(world, capsys, half, override)
 
 
-@pytest.mark.parametrize(("key", "value", "message"), [
-    ("world_size", 2, "world_size=2 and this run has 1"),
-    ("data", "feed", "data was feed and is "),
-])
-def test_a_checkpoint_from_elsewhere_is_refused_by_name(world, half, capsys, key, value, message):
+def test_other_text_and_other_labels_are_refused_by_name(world, half, capsys):
     file = world.folder / half / "checkpoints/step-00000008/trainer.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
-    assert message in refused(world, capsys, half)
-
-
-@pytest.mark.parametrize("damage", ["truncated", "missing"])
-@pytest.mark.parametrize("pattern", ["mp_rank_00_model_states.pt", "*optim_states.pt"])
-def test_damaged_deepspeed_files_are_named(world, half, capsys, pattern, damage):
-    [file] = (world.folder / half / "checkpoints/step-00000008/deepspeed").glob(pattern)
-    if damage == "truncated":
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    else:
-        file.unlink()
+    state = json.loads(file.read_text())
+    assert state["identity"]["the labels' layer"] == "1"
+    state["identity"] |= {"the text's fingerprint": "feed", "the labels' layer": "2"}
+    file.write_text(json.dumps(state))
     error = refused(world, capsys, half)
-    assert "step-00000008 cannot be loaded: " in error
+    assert "the text's fingerprint was feed and is " in error and "the labels' layer was 2 and is 1" in error
+
+
+def test_a_checkpoint_of_another_version_is_refused(world, half, capsys):
+    file = world.folder / half / "checkpoints/step-00000008/trainer.json"
+    file.write_text(json.dumps({"step": 8, "world_size": 1}))
+    assert "was written by another version of cocomix" in refused(world, capsys, half)
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+def take_from_another_save(file):
+    shutil.copy(file.parents[2] / "step-00000004/state" / file.name, file)
+
+
+def drop_a_piece(file):
+    with safe_open(file, "pt") as stored:
+        tensors, metadata = {key: stored.get_tensor(key) for key in stored.keys()}, stored.metadata()
+    del tensors["transformer.wte.weight/exp_avg/0"]
+    save_file(tensors, file, metadata)
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (truncate, "rank-00000-of-00001.safetensors is damaged: "),
+    (empty, "rank-00000-of-00001.safetensors is damaged: "),
+    (os.unlink, "rank-00000-of-00001.safetensors is missing"),
+    (take_from_another_save, "rank-00000-of-00001.safetensors belongs to another save"),
+    (drop_a_piece, "lack parts of transformer.wte.weight"),
+])
+def test_damaged_files_of_the_training_state_are_named(world, half, capsys, damage, message):
+    damage(world.folder / half / "checkpoints/step-00000008/state/rank-00000-of-00001.safetensors")
+    error = refused(world, capsys, half)
+    assert "step-00000008 cannot be loaded: " in error and message in error
 
 
 # ---------------------------------------------------------------------------------------------- a full disk
@@ -186,17 +212,16 @@ def explained(path, _value):
 
 def writer_fails(text):
     def fail(*_args, **_kwargs):
-        raise RuntimeError(text)  # as PyTorch, safetensors and tokenizers do
+        raise RuntimeError(text)  # as safetensors and tokenizers do
     return fail
 
 
 @pytest.mark.parametrize(("target", "failure"), [
-    ("torch.save", no_space),
-    ("torch.save", writer_fails("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")),
+    ("safetensors.torch.save_file", no_space),
     ("safetensors.torch.serialize_file", writer_fails("I/O error: No space left on device (os error 28)")),
     ("transformers.PreTrainedTokenizerFast.save_pretrained", writer_fails("No space left on device (os error 28)")),
     ("cocomix.checkpoint.write_json", explained),
-], ids=["torch", "torch's writer", "safetensors", "tokenizer", "trainer.json"])
+], ids=["file system", "safetensors", "tokenizer", "trainer.json"])
 def test_a_full_disk_leaves_older_checkpoints_and_the_pointer_alone(world, half, capsys, monkeypatch, target, failure):
     run = world.folder / half
     before = (run / "checkpoints/latest.json").read_bytes()
@@ -212,10 +237,7 @@ def test_a_full_disk_leaves_older_checkpoints_and_the_pointer_alone(world, half,
 
 
 def test_other_errors_of_a_writer_are_not_taken_for_a_full_disk(tmp_path):
-    def save(*_args, **_kwargs):
-        raise RuntimeError("something else")
-
-    engine = SimpleNamespace(save_checkpoint=save)
+    engine = SimpleNamespace(zero_optimization_stage=writer_fails("something else"))
     with pytest.raises(RuntimeError, match="something else"):
         save_checkpoint(engine, tmp_path, 1, {}, Ranks(0, 1, torch.device("cpu")), 2, None)
     assert list(tmp_path.iterdir()) == []

@@ -32,6 +32,7 @@ def test_a_single_rank_agrees_with_itself():
     assert ranks.is_first and not Ranks(1, 2, torch.device("cpu")).is_first
     assert ranks.any(True) is True and ranks.any(False) is False
     torch.testing.assert_close(ranks.sum(torch.tensor([1.0, 2.0])), torch.tensor([1.0, 2.0]))
+    assert ranks.from_first("mine") == "mine"
     ranks.barrier()
 
 
@@ -120,30 +121,9 @@ def test_the_labels_of_the_two_ranks_differ_in_number(world):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_two_processes_equal_one_with_uneven_labels_and_accumulation(world, stage):
-    overrides = uneven(world, f"train.zero_stage={stage}", "train.micro_batch=2")  # two rounds on two processes
-    world.train_on_two(f"two-{stage}", *overrides)
-    assert_as_one_process(world, f"two-{stage}", *overrides)
-
-
-@pytest.mark.slow
 def test_two_processes_equal_one_with_online_labels(world):
     world.train_on_two("two-online")
     assert_as_one_process(world, "two-online")
-
-
-@pytest.mark.slow
-def test_two_processes_in_bf16_stay_near_one_in_fp32_and_nearer_to_one_in_bf16(world):
-    overrides = uneven(world, "train.precision=bf16", "train.micro_batch=2")
-    world.train_on_two("two-bf16", *overrides)
-    # weights that part by a rounding part their bf16 copies by a bf16 rounding; 0.012: 12 steps of Adam at 1e-3
-    assert_as_one_process(world, "two-bf16", *overrides, atol=1e-3, weight_atol=0.012, norm_rtol=5e-3)
-    # before any weight has moved there is only the sum over micro batches and ranks, which is one of fp32 numbers
-    first = [world.losses(run, "grad_norm")[0] for run in ("two-bf16", "two-bf16-alone")]
-    assert first[0] == pytest.approx(first[1], rel=1e-6)
-    assert world.train("fp32", *uneven(world, "train.micro_batch=2")) == 0
-    np.testing.assert_allclose(world.losses("two-bf16"), world.losses("fp32"), rtol=0, atol=5e-3)
 
 
 @pytest.mark.slow
@@ -156,14 +136,12 @@ def test_the_deepspeed_launcher_works(world):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_on_two_processes_goes_on_bit_for_bit_and_only_on_two(world, capsys):
+def test_an_interrupted_run_on_two_processes_goes_on_bit_for_bit(world):
     more = uneven(world, f"train.tokens={5 * STEPS * 8 * SEQ_LEN}")
     world.train_on_two("two-whole", *more)
     command = world.command("two-parts", *more, launcher=TORCHRUN)
     _, output = world.interrupt(command, "two-parts", after_step=20, number=signal.SIGTERM, threads=1)
     assert "interrupted: saved step " in output
-    assert world.train("two-parts", *more, resume=True) == 2
-    assert "world_size=2 and this run has 1" in capsys.readouterr().err
     world.train_on_two("two-parts", *more, "--resume")
     assert_equal_runs(world, "two-whole", "two-parts")
 

@@ -79,6 +79,19 @@ def test_max_windows_reads_the_first_ones_over_all_ranks(split, gpt2):
     assert (float(idle), none) == (0, 0)
 
 
+@pytest.mark.parametrize("max_windows", [1, 5, 9, 12])
+def test_every_rank_runs_the_model_equally_often(split, gpt2, max_windows):
+    """Under ZeRO-3 all ranks gather weights in each forward pass."""
+    counts = []
+    for rank in range(4):
+        calls = []
+        handle = gpt2.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        validation_loss(gpt2, split, SEQ_LEN, 2, CPU, max_windows=max_windows, rank=rank, world=4)
+        handle.remove()
+        counts.append(len(calls))
+    assert counts == [-(-max_windows // 8)] * 4
+
+
 def test_the_model_goes_back_to_the_mode_it_was_in(split, gpt2):
     dropping = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=32, n_embd=16, n_layer=1, n_head=2)).train()
     losses = {float(validation_loss(dropping, split, SEQ_LEN, 4, CPU, max_windows=4)[0]) for _ in range(2)}

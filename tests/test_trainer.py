@@ -14,17 +14,19 @@ from run_helpers import (
     STEPS,
     assert_close_weights,
     assert_equal_runs,
+    reference_run,
+    stage,
     uneven,
     write_text,
 )
 
 from cocomix.config import TrainConfig
-from cocomix.data import TokenFiles, WindowOrder, prepare, step_windows
+from cocomix.data import TokenFiles, prepare
+from cocomix.deepspeed_engine import deepspeed_config, learning_rate_factor
 from cocomix.errors import CocomixError
-from cocomix.labels import LabelCache, LabelSource
-from cocomix.model import CoCoMixConfig, CoCoMixForCausalLM
+from cocomix.labels import LabelSource
 from cocomix.runs import load_run
-from cocomix.trainer import Trainer, deepspeed_config, learning_rate_factor
+from cocomix.trainer import Trainer
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -65,6 +67,12 @@ def test_the_deepspeed_section_goes_through_beside_the_stage(world):
     assert settings["wall_clock_breakdown"] is True
 
 
+def test_stage_3_leaves_the_processs_linear_function_alone_unless_told_otherwise(world):
+    assert deepspeed_config(world.load(*stage(3)), 1)["zero_optimization"]["memory_efficient_linear"] is False
+    told = world.load(*stage(3), "deepspeed.zero_optimization.memory_efficient_linear=true")
+    assert deepspeed_config(told, 1)["zero_optimization"]["memory_efficient_linear"] is True
+
+
 @pytest.mark.parametrize(("override", "message"), [
     ("deepspeed.train_batch_size=8", "deepspeed.train_batch_size is filled in from train.global_batch"),
     ("deepspeed.train_micro_batch_size_per_gpu=8", "train.micro_batch"),
@@ -75,6 +83,7 @@ def test_the_deepspeed_section_goes_through_beside_the_stage(world):
     ("deepspeed.bf16.enabled=true", "train.precision"),
     ("deepspeed.fp16.enabled=true", "train.precision"),
     ("deepspeed.zero_optimization.stage=3", "train.zero_stage"),
+    ("deepspeed.zero_optimization.offload_optimizer.device=nvme", "train.offload_optimizer"),
     ("deepspeed.zero_optimization=3", "must be a section"),
     ("train.global_batch=12", r"train.global_batch \(12\) must be a multiple of train.micro_batch \(4\) x 2 ranks"),
 ])
@@ -84,7 +93,7 @@ def test_settings_that_belong_elsewhere_or_do_not_divide_are_refused_by_name(wor
 
 
 def test_bf16_at_stage_0_is_refused(world):
-    with pytest.raises(CocomixError, match="train.precision=bf16 needs train.zero_stage 1 or 2"):
+    with pytest.raises(CocomixError, match="train.precision=bf16 needs train.zero_stage 1, 2 or 3"):
         world.load("train.precision=bf16", "train.zero_stage=0")
 
 
@@ -96,41 +105,13 @@ def test_a_value_that_deepspeed_refuses_is_one_line(world, capsys):
 # ---------------------------------------------------------------------------------------------- the numbers
 
 
-def reference_run(world, *overrides):
-    """The method in plain PyTorch: whole global batches, AdamW, clipping, warm-up and cosine."""
-    config = world.load(*overrides)
-    train, tokens = config.train, TokenFiles.open(config.data.folder)
-    cache = LabelCache.open(config.labels.cache) if config.labels.cache else None
-    split = tokens.split("train")
-    torch.manual_seed(train.seed)
-    shape = {**vars(config.model), "vocab_size": tokens.vocab_size, "n_positions": SEQ_LEN}
-    model = CoCoMixForCausalLM(CoCoMixConfig(**shape))
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, foreach=False)
-    order = WindowOrder(split.n_windows(SEQ_LEN), train.seed)
-    losses, rates, norms = [], [], []
-    for step in range(STEPS):
-        windows = step_windows(order, step, train.global_batch)
-        ids = torch.from_numpy(np.stack([split.window(i, SEQ_LEN) for i in windows]))
-        labels = torch.from_numpy(np.stack([cache.window(i) for i in windows])) if cache else None
-        loss = model(ids, labels=ids, concept_labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)))
-        cosine = 0.5 * (1 + math.cos(math.pi * (step - 3) / (STEPS - 3)))
-        rates.append(train.lr * ((step + 1) / 3 if step < 3 else 0.1 + 0.9 * cosine))
-        optimizer.param_groups[0]["lr"] = rates[-1]
-        optimizer.step()
-        losses.append(loss.item())
-    return losses, rates, norms, model.state_dict()
-
-
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("micro_batch", [8, 2])
-def test_a_run_follows_plain_pytorch(world, stage, micro_batch):
+def test_a_run_follows_plain_pytorch(world, zero_stage, micro_batch):
     losses, rates, norms, state = reference_run(world, *uneven(world))
     assert min(norms) > 1  # clipping is at work
-    run = f"plain-{stage}-{micro_batch}"
-    assert world.train(run, *uneven(world), f"train.zero_stage={stage}", f"train.micro_batch={micro_batch}") == 0
+    run = f"plain-{zero_stage}-{micro_batch}"
+    assert world.train(run, *uneven(world), *stage(zero_stage), f"train.micro_batch={micro_batch}") == 0
     np.testing.assert_allclose(world.losses(run), losses, rtol=0, atol=1e-5)
     np.testing.assert_allclose(world.losses(run, "lr"), rates, rtol=1e-12)
     np.testing.assert_allclose(world.losses(run, "grad_norm"), norms, rtol=1e-4)
@@ -199,7 +180,7 @@ def stop_at(monkeypatch, step, times=1):
     monkeypatch.setattr(Trainer, "_train_step", interrupted)
 
 
-@pytest.mark.parametrize("settings", [["train.zero_stage=0"], ["train.zero_stage=2"], ["train.precision=bf16"]],
+@pytest.mark.parametrize("settings", [stage(0), stage(2), stage(3), ["train.precision=bf16"]],
                          ids=lambda settings: settings[0])
 def test_sigterm_saves_and_resume_goes_on_bit_for_bit(world, monkeypatch, capsys, settings):
     name = settings[0].replace("=", "-")

@@ -1,0 +1,50 @@
+"""What may change between the parts of one run, and what would make it another run."""
+
+import dataclasses
+
+from cocomix.config import Config
+from cocomix.errors import CocomixError
+
+# Settings that a resumed run may change, with all below them. The first group leaves the trajectory alone (up to
+# rounding, where the work is split otherwise); the second one steers it on purpose.
+MAY_CHANGE = (
+    "out", "data.folder", "data.text", "data.text_key", "data.tokenizer", "data.vocab_size", "data.max_tokens",
+    "data.val_fraction", "teacher.model", "teacher.sae", "sae", "labels", "train.run", "train.micro_batch",
+    "train.zero_stage", "train.offload_optimizer", "train.activation_checkpointing", "train.compile",
+    "train.log_every", "train.eval_every", "train.eval_windows", "train.save_every", "train.keep_checkpoints",
+    "train.tensorboard", "train.wandb_project", "train.timeout_minutes", "deepspeed",
+    "train.tokens", "train.lr", "train.min_lr_ratio", "train.warmup_steps", "train.grad_clip",
+)
+
+
+def settings(config: Config) -> dict:
+    """Every setting by its full name; the `deepspeed` section is one value."""
+    flat = {}
+    for section, value in dataclasses.asdict(config).items():
+        if section == "deepspeed" or not isinstance(value, dict):
+            flat[section] = value
+        else:
+            flat |= {f"{section}.{key}": inner for key, inner in value.items()}
+    return flat
+
+
+def require_same_run(stored: dict, now: dict, checkpoint) -> list[str]:
+    """Raise `CocomixError`, naming what differs, unless a run with the settings and fingerprints `now` continues the
+    one that `stored` them. Returns the changes that are allowed, in words.
+
+    Both map names to JSON values. What only one of them has is not compared: it came with another version, or (as the
+    fingerprints of a teacher) is not always known.
+    """
+    changes = {name: f"{name} was {stored[name]} and is {value}" for name, value in now.items()
+               if name in stored and stored[name] != value}
+    refused = [text for name, text in changes.items() if not _may_change(name)]
+    if refused:
+        raise CocomixError(
+            f"{checkpoint} cannot be gone on with: {'; '.join(refused)}. Use what the run was started with, or another "
+            "train.run"
+        )
+    return list(changes.values())
+
+
+def _may_change(name: str) -> bool:
+    return any(name == allowed or name.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
