@@ -66,6 +66,7 @@ def _parse(arguments):
                        help="go on with the batch after the newest checkpoint, or start where there is none")
     _add_config_command(commands, "sae", _sae, "train a TopK sparse autoencoder on a block of the teacher")
     _add_config_command(commands, "labels", _labels, "compute the cache of concept labels; goes on where it stopped")
+    _add_plan(commands)
     evaluate = commands.add_parser("eval", help="validation perplexity of a checkpoint")
     evaluate.add_argument("checkpoint", help="a transformers folder, a checkpoint, or the folder of a run")
     evaluate.add_argument("--data", help="folder of token files (default: the one that the run was trained on)")
@@ -77,6 +78,11 @@ def _parse(arguments):
     report.add_argument("runs", nargs="+", metavar="RUN", help="folders of training runs")
     report.add_argument("--out", default="report", help="folder for report.html and its figures (default: report)")
     report.set_defaults(run=_report)
+    export = commands.add_parser("export", help="turn a checkpoint into a transformers folder, for any use elsewhere")
+    export.add_argument("checkpoint", help="a checkpoint, the folder of a run, or a transformers folder")
+    export.add_argument("out", metavar="OUT", help="the folder to write; it must not exist yet")
+    export.add_argument("--dtype", choices=("bf16", "fp32"), default="fp32", help="of the weights (default: fp32)")
+    export.set_defaults(run=_export)
     options, rest = parser.parse_known_args(arguments)
     # argparse does not take more KEY=VALUE arguments after an option, so they end up in the rest
     overrides = [text for text in rest if "=" in text and not text.startswith("-")]
@@ -94,6 +100,16 @@ def _add_config_command(commands, name, run, summary):
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example train.lr=3e-4")
     parser.set_defaults(run=run)
     return parser
+
+
+def _add_plan(commands):
+    plan = _add_config_command(commands, "plan", _plan, "predict memory, speed and days on a cluster")
+    plan.add_argument("--gpus", required=True, metavar="N[,N...]",
+                      help="how many GPUs; for several numbers a table with a row for each")
+    plan.add_argument("--cluster", default="h100",
+                      help="a name in configs/clusters or a YAML file like those (default: h100)")
+    plan.add_argument("--vocab-size", type=int, help="where there are no token files yet to tell")
+    plan.add_argument("--json", metavar="FILE", help="also write the figures to this file")
 
 
 def _config(options):
@@ -124,6 +140,22 @@ def _labels(options):
     from cocomix.labels import run
 
     run(_config(options))
+
+
+def _plan(options):
+    from cocomix.planner import run
+
+    try:
+        gpus = [int(number) for number in options.gpus.split(",")]
+    except ValueError:
+        raise CocomixError(f"--gpus {options.gpus}: expected a number, or several with commas between them") from None
+    run(_config(options), gpus, options.cluster, options.vocab_size, options.json)
+
+
+def _export(options):
+    from cocomix.export import export
+
+    print(f"the model is in {export(options.checkpoint, options.out, options.dtype)}")
 
 
 def _eval(options):

@@ -1,10 +1,15 @@
-"""What a step costs in arithmetic: multiply-accumulates per token, by part of the model.
+"""What a step costs in arithmetic: multiply-accumulates per token, by part of the model, and how many weights it has.
 
 Forward figures; a backward pass costs twice as much where weights are trained. A block's weights are 12 d^2; causal
 attention over S positions costs S*d a position (both products, half the square). From CoCoMix (arXiv 2502.08524).
+What a flash attention computes again in its backward pass is not counted, nor are sums, norms and selections.
 """
 
+import dataclasses
 from dataclasses import dataclass
+
+MULTIPLY_ADD = 2  # floating-point operations in a multiply-accumulate
+TRAINED = 3  # forward and backward pass together, in forward passes
 
 
 @dataclass(frozen=True)
@@ -18,6 +23,7 @@ class StudentShape:
     seq_len: int
     concept_dim: int
     concept_topk: int
+    mixing: str = "interleave"
 
 
 @dataclass(frozen=True)
@@ -31,21 +37,34 @@ class TeacherShape:
     n_latents: int
 
 
+def forward_parts(shape: StudentShape) -> dict[str, int]:
+    """Multiply-accumulates per token of a forward pass: "blocks" (products with weights), "attention", "concept head",
+    "compress" and "LM head"."""
+    d, length = shape.n_embd, shape.seq_len
+    parts = {"blocks": shape.n_layer * 12 * d * d, "attention": shape.n_layer * length * d}
+    if shape.mixing == "interleave":
+        h_blocks, f_blocks = shape.insert_layer, shape.n_layer - shape.insert_layer
+        # The last block's hidden positions need no query, no output projection and no MLP.
+        parts["blocks"] = (h_blocks + 2 * f_blocks) * 12 * d * d - 10 * d * d
+        parts["attention"] = h_blocks * length * d + f_blocks * 2 * 2 * length * d - 2 * length * d
+    if shape.mixing != "none":
+        parts |= {"concept head": shape.concept_dim * d, "compress": shape.concept_topk * d}
+    return parts | {"LM head": shape.vocab_size * d}
+
+
+def student_forward(shape: StudentShape) -> int:
+    """Multiply-accumulates per token of a forward pass, whatever the mixing."""
+    return sum(forward_parts(shape).values())
+
+
 def ntp_forward(shape: StudentShape) -> int:
     """Multiply-accumulates per token of a plain next-token forward pass."""
-    d, length = shape.n_embd, shape.seq_len
-    return shape.n_layer * (12 * d * d + length * d) + shape.vocab_size * d
+    return student_forward(dataclasses.replace(shape, mixing="none"))
 
 
 def cocomix_forward(shape: StudentShape) -> int:
     """Multiply-accumulates per token of a forward pass with interleaved concepts."""
-    d, length, h_blocks = shape.n_embd, shape.seq_len, shape.insert_layer
-    f_blocks = shape.n_layer - h_blocks
-    h_cost = h_blocks * (12 * d * d + length * d)
-    f_cost = 2 * f_blocks * (12 * d * d + 2 * length * d)
-    hidden_positions_of_last_block = 10 * d * d + 2 * length * d  # no query, no output projection, no MLP
-    concepts = shape.concept_dim * d + shape.concept_topk * d
-    return h_cost + f_cost - hidden_positions_of_last_block + concepts + shape.vocab_size * d
+    return student_forward(dataclasses.replace(shape, mixing="interleave"))
 
 
 def labels_online(teacher: TeacherShape, seq_len: int) -> int:
@@ -57,10 +76,37 @@ def labels_online(teacher: TeacherShape, seq_len: int) -> int:
     return forward + backward + teacher.n_latents * d
 
 
+def training_flops(shape: StudentShape, teacher: TeacherShape | None = None) -> int:
+    """Floating-point operations per token of a forward and backward pass; with a teacher, of its labels too."""
+    labels = 0 if teacher is None or shape.mixing == "none" else labels_online(teacher, shape.seq_len)
+    return MULTIPLY_ADD * (TRAINED * student_forward(shape) + labels)
+
+
+def block_parameters(width: int) -> int:
+    """Weights of one block, biases and norms included."""
+    return 12 * width * width + 13 * width
+
+
+def gpt2_parameters(width: int, n_layer: int, vocab_size: int, context: int) -> int:
+    """Weights of a GPT-2 with a tied head."""
+    return (vocab_size + context) * width + n_layer * block_parameters(width) + 2 * width
+
+
+def parameter_sizes(shape: StudentShape) -> list[int]:
+    """Elements of each of the student's parameters; the tied head counts once."""
+    d, concepts = shape.n_embd, shape.concept_dim
+    block = [d, d, 3 * d * d, 3 * d, d * d, d, d, d, 4 * d * d, 4 * d, 4 * d * d, d]
+    sizes = [shape.vocab_size * d, shape.seq_len * d, *block * shape.n_layer, d, d]
+    # pre_bias, then weight and bias of the predictor and of the compress layer
+    return sizes if shape.mixing == "none" else [*sizes, d, concepts * d, concepts, concepts * d, d]
+
+
+def parameter_count(shape: StudentShape) -> int:
+    """Weights of the student."""
+    return sum(parameter_sizes(shape))
+
+
 def ideal_ratio(shape: StudentShape, teacher: TeacherShape | None = None) -> float:
     """Arithmetic of a CoCoMix step over that of a next-token step, forward and backward; with a teacher, online."""
-    ntp = 3 * ntp_forward(shape)
-    cost = 3 * cocomix_forward(shape)
-    if teacher is not None:
-        cost += labels_online(teacher, shape.seq_len)
-    return cost / ntp
+    mixed = dataclasses.replace(shape, mixing="interleave")
+    return training_flops(mixed, teacher) / training_flops(dataclasses.replace(shape, mixing="none"))

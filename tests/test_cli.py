@@ -16,7 +16,7 @@ from run_helpers import SEQ_LEN, World
 from cocomix import cli
 from cocomix.cli import main
 
-COMMANDS = ("data", "train", "sae", "labels", "eval", "report")
+COMMANDS = ("data", "train", "sae", "labels", "plan", "export", "eval", "report")
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,8 @@ def test_help_names_the_commands_and_their_arguments(command, capsys):
         main([*command, "--help"])
     text = capsys.readouterr().out
     assert leave.value.code == 0
-    for name in COMMANDS if not command else {"eval": ["checkpoint"], "report": ["RUN"]}.get(command[0], ["CONFIG"]):
+    own = {"eval": ["checkpoint"], "export": ["OUT"], "report": ["RUN"]}
+    for name in COMMANDS if not command else own.get(command[0], ["CONFIG"]):
         assert name in text
     assert "local_rank" not in text
 
@@ -132,7 +133,8 @@ def test_the_deepspeed_launchers_argument_is_taken(parsed, local_rank):
 @pytest.mark.parametrize("arguments", [
     [], ["fly"], ["train"], ["train", "c.yaml", "--resum-e"], ["train", "c.yaml", "stray"],
     ["data", "c.yaml", "--resume"], ["eval", "run", "train.lr=1"], ["eval", "run", "--seq-len", "many"],
-    ["report"], ["report", "run", "--nope"],
+    ["report"], ["report", "run", "--nope"], ["plan", "c.yaml"], ["export", "run"], ["export", "run", "out", "a.b=1"],
+    ["export", "run", "out", "--dtype", "fp8"],
 ])
 def test_unknown_arguments_end_with_exit_code_2(arguments, capsys):
     try:
@@ -152,8 +154,8 @@ def test_unknown_arguments_end_with_exit_code_2(arguments, capsys):
     ("train", ["train=3"], "train is a section"),
     ("train", ["model.insert_layer=3"], "model.insert_layer (3) must be at least 0 and below model.n_layer (3)"),
     ("train", ["model.concept_topk=65"], "model.concept_topk (65) must be "),
-    ("train", ["train.precision=bf16", "train.zero_stage=0"], "train.precision=bf16 needs train.zero_stage 1 or 2"),
-    ("train", ["train.zero_stage=3"], "stages 0, 1 and 2 are supported"),
+    ("train", ["train.precision=bf16", "train.zero_stage=0"], "train.precision=bf16 needs train.zero_stage 1, 2 or 3"),
+    ("train", ["train.zero_stage=4"], "train.zero_stage is 4; it must be 0, 1, 2 or 3"),
     ("train", ["deepspeed.gradient_clipping=1"], "deepspeed.gradient_clipping is filled in from train.grad_clip"),
     ("train", ["data.folder=OUT/nowhere"], "is missing"),
     ("train", ["data.seq_len=100000"], "fewer than one window"),
@@ -170,6 +172,10 @@ def test_unknown_arguments_end_with_exit_code_2(arguments, capsys):
     ("data", ["data.folder=OUT/new", "data.text=[OUT/nothing]"], "there is no file or folder"),
     ("data", ["data.folder=OUT/new", "data.text=[]"], "data.text names no text"),
     ("data", ["data.val_fraction=0.3"], "was made from something else"),
+    ("plan", ["--gpus=8", "--cluster=v100"], "--cluster v100: there is no such file; known names: a100, h100, h200"),
+    ("plan", ["--gpus=3"], "train.global_batch (8) must be a multiple of train.micro_batch (4) x 3 GPUs"),
+    ("plan", ["--gpus=many"], "--gpus many: expected a number"),
+    ("plan", ["--gpus=2", "teacher.model=OUT/nobody"], "so its shape is not known"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing_behind(world, capsys, command, overrides, message):
     before = world.tree()
@@ -184,6 +190,14 @@ def test_a_missing_or_broken_config_is_one_line(tmp_path, capsys):
     (tmp_path / "broken.yaml").write_text("train: [1")
     assert main(["train", str(tmp_path / "broken.yaml")]) == 2
     assert "is not valid YAML" in " ".join(capsys.readouterr().err.split())
+
+
+def test_exporting_nothing_or_over_something_is_one_line(world, capsys):
+    assert main(["export", str(world.folder / "text"), str(world.folder / "new")]) == 2
+    assert "holds no model" in one_line(capsys, "export")
+    assert main(["export", str(world.folder / "teacher"), str(world.folder / "text")]) == 2
+    assert "exists already" in one_line(capsys, "export")
+    assert not (world.folder / "new").exists()
 
 
 def test_a_text_without_text_is_refused(world, tmp_path, capsys):

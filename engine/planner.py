@@ -1,0 +1,515 @@
+"""`cocomix plan`: what a config needs on a cluster, and how fast it would be. Arithmetic only: no model is made.
+
+A prediction, with these assumptions. Products run at the cluster's rates, which are what large library products reach;
+everything else moves bytes at the memory's speed, one kernel after the other; a backward pass takes twice the time of
+its forward pass; a host that starts kernels too slowly sets the pace. Collectives run at the slower of a GPU's links
+within the node and the networks of all its GPUs together, as NCCL's rings use them. Only what DeepSpeed overlaps with
+the backward pass is hidden, and of that a stated share.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from cocomix.clusters import Cluster, load_cluster
+from cocomix.config import Config
+from cocomix.errors import CocomixError
+from cocomix.files import write_json
+from cocomix.flops import (
+    MULTIPLY_ADD,
+    TRAINED,
+    StudentShape,
+    TeacherShape,
+    forward_parts,
+    labels_online,
+    parameter_count,
+    parameter_sizes,
+    training_flops,
+)
+from cocomix.footprint import WIDE, Footprint, Setup, footprint
+
+# Shapes by name, so that a plan needs no download: width, blocks, vocabulary.
+GPT2_SIZES = {"gpt2": (768, 12), "gpt2-medium": (1024, 24), "gpt2-large": (1280, 36), "gpt2-xl": (1600, 48)}
+GPT2_VOCABULARY = 50257
+_SECONDS_A_DAY = 86400
+_MAX_GPUS = 2**16
+_TIE = 1.03  # times closer than this count as equal: no prediction is better
+
+
+@dataclass(frozen=True)
+class Communication:
+    """What one GPU puts into collectives in a step, as DeepSpeed's comms logger counts: bytes of the message, which is
+    the whole tensor for all-reduce and reduce-scatter and one GPU's part for all-gather. Scalars are left out."""
+
+    all_reduce: int = 0
+    reduce_scatter: int = 0
+    all_gather: int = 0
+    messages: int = 0
+
+    def wire_bytes(self, gpus: int) -> float:
+        """Bytes that each GPU sends, by ring algorithms."""
+        share = (gpus - 1) / gpus
+        return share * (2 * self.all_reduce + self.reduce_scatter + gpus * self.all_gather)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One setup: what it needs and how long a step takes."""
+
+    setup: Setup
+    memory: Footprint
+    fits: bool
+    offered: bool  # whether `cocomix train` takes this stage in this precision
+    flops: float  # of a step, one GPU
+    bytes: float
+    communication: Communication
+    compute_s: float
+    communication_s: float
+    exposed_s: float  # of the communication, what no computation hides
+    step_s: float
+    tokens_per_s: float
+    days: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is planned: the shapes, the cluster, and the config they came from."""
+
+    config: Config
+    shape: StudentShape
+    teacher: TeacherShape | None  # None where labels come from a cache or are not needed
+    cluster: Cluster
+
+    @property
+    def rate(self) -> float:
+        """Floating-point operations a second in the student's products."""
+        bf16 = self.config.train.precision == "bf16"
+        return (self.cluster.product_tflops if bf16 else self.cluster.fp32_tflops) * 1e12
+
+
+def make_job(config: Config, cluster: Cluster, vocab_size: int | None = None) -> Job:
+    """Collect the shapes. Raises `CocomixError` where the vocabulary or the teacher's shape cannot be known."""
+    model = config.model
+    vocabulary = vocab_size or _vocabulary(config)
+    shape = StudentShape(model.n_embd, model.n_layer, model.insert_layer, vocabulary, config.data.seq_len,
+                         model.concept_dim, model.concept_topk, model.mixing)
+    online = model.mixing != "none" and config.labels.cache is None
+    return Job(config, shape, _teacher(config) if online else None, cluster)
+
+
+def _vocabulary(config):
+    meta = Path(config.data.folder) / "meta.json"
+    if meta.is_file():
+        return _read_shape(meta, "vocab_size")["vocab_size"]
+    name = config.data.tokenizer
+    if name is None:
+        return config.data.vocab_size
+    if name.removeprefix("openai-community/") in GPT2_SIZES:
+        return GPT2_VOCABULARY
+    raise CocomixError(
+        f"the vocabulary's size is not known before `cocomix data` has run: pass --vocab-size (that of {name})")
+
+
+def _teacher(config):
+    name = config.teacher.model
+    if name is None:
+        raise CocomixError("labels.cache and teacher.model are not set: set the one that labels are to come from")
+    known = GPT2_SIZES.get(name.removeprefix("openai-community/"))
+    if known is not None:
+        width, n_layer, vocabulary = *known, GPT2_VOCABULARY
+    else:
+        file = Path(name) / "config.json"
+        if not file.is_file():
+            raise CocomixError(
+                f"teacher.model={name} is no folder here, so its shape is not known: download it, or set labels.cache")
+        stored = _read_shape(file, "vocab_size")
+        width, n_layer = (stored.get(a, stored.get(b)) for a, b in
+                          (("n_embd", "hidden_size"), ("n_layer", "num_hidden_layers")))
+        vocabulary = stored["vocab_size"]
+        if width is None or n_layer is None:
+            raise CocomixError(f"{file} names neither n_embd and n_layer nor hidden_size and num_hidden_layers")
+    if config.teacher.layer >= n_layer:
+        raise CocomixError(f"teacher.layer is {config.teacher.layer} but the teacher has blocks 0 to {n_layer - 1}")
+    return TeacherShape(width, n_layer, config.teacher.layer, vocabulary, config.model.concept_dim)
+
+
+def _read_shape(file, *keys):
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CocomixError(f"{file} cannot be read: {error}") from None
+    missing = [key for key in keys if not isinstance(content.get(key), int)]
+    if missing:
+        raise CocomixError(f"{file} holds no {missing[0]}")
+    return content
+
+
+# ---------------------------------------------------------------------------------------------- one setup
+
+
+def communication(shape: StudentShape, setup: Setup) -> Communication:
+    """The collectives of a step, as DeepSpeed runs them at its settings for `train.precision`.
+
+    Stages 0 and 1 average gradients once a step, stages 2 and 3 after every micro batch; all in fp32, up to stage 2 by
+    all-reduce, after which each GPU keeps its part. Stage 3 gathers weights for the forward and again for the backward
+    pass, but for those that stay (`kept_whole`); the tied table has two uses and so twice as many gathers.
+    """
+    sizes, n, b = parameter_sizes(shape), setup.gpus, setup.weight_bytes
+    if n == 1:
+        return Communication()
+    count = sum(sizes)
+    buckets = math.ceil(count / setup.bucket)
+    reductions = 1 if setup.stage < 2 else setup.rounds
+    if setup.stage == 0:
+        return Communication(all_reduce=WIDE * count, messages=buckets)
+    if setup.stage < 3:
+        padded = _round_up(count, 2 * n)  # DeepSpeed aligns the flat weights to two elements for each GPU
+        whole = padded if setup.stage == 1 and setup.bf16 and not setup.offload else count
+        return Communication(all_reduce=WIDE * whole * reductions, all_gather=b * padded // n,
+                             messages=buckets * reductions + 1)
+    parts = [_round_up(size, n) // n for size in sizes]
+    stays = [size <= setup.persistence_threshold for size in sizes]
+    gathered = sum(part for part, whole in zip(parts, stays, strict=True) if not whole)
+    twice = 1 - min(1.0, setup.kept_whole / count)  # share of the weights that is gathered again
+    table = 0 if stays[0] else 2 * parts[0]
+    in_a_round = gathered + round(twice * (gathered + table))
+    once = sum(part for part, whole in zip(parts, stays, strict=True) if whole)
+    return Communication(
+        reduce_scatter=WIDE * n * sum(parts) * setup.rounds, all_gather=b * (in_a_round * setup.rounds + once),
+        messages=setup.rounds * (buckets + 2 * shape.n_layer) + 1,
+    )
+
+
+def _round_up(value, multiple):
+    return -(-value // multiple) * multiple
+
+
+def communication_time(volume: Communication, gpus: int, cluster: Cluster) -> float:
+    """Seconds of a step's collectives, one after the other."""
+    if gpus == 1:
+        return 0.0
+    in_node = min(gpus, cluster.gpus_per_node)
+    nodes = math.ceil(gpus / cluster.gpus_per_node)
+    rate, steps_s = cluster.within_gb_s, 2 * (in_node - 1) * cluster.within_latency_us
+    if nodes > 1:
+        rate = min(rate, cluster.between_gb_s * in_node)
+        steps_s += 2 * math.ceil(math.log2(nodes)) * cluster.between_latency_us
+    return volume.wire_bytes(gpus) / (rate * 1e9 * cluster.link_share) + volume.messages * steps_s * 1e-6
+
+
+def step_flops(job: Job, setup: Setup) -> float:
+    """Floating-point operations of one GPU in a step, those that checkpointing repeats included."""
+    tokens = setup.micro_batch * setup.rounds * job.shape.seq_len
+    parts = forward_parts(job.shape)
+    again = MULTIPLY_ADD * (parts["blocks"] + parts["attention"]) if setup.checkpointing else 0
+    return tokens * (training_flops(job.shape, job.teacher) + again)
+
+
+def step_bytes(job: Job, setup: Setup) -> float:
+    """Bytes that one GPU moves in a step outside of products and attention: what norms, sums, GELU, selections, mixing,
+    gradients' sums and AdamW read and write."""
+    shape, b = job.shape, setup.weight_bytes
+    d, tokens = shape.n_embd, setup.micro_batch * setup.rounds * shape.seq_len
+    positions = shape.n_layer
+    if shape.mixing == "interleave":
+        positions = shape.insert_layer + 2 * (shape.n_layer - shape.insert_layer) - 1
+    blocks = positions * 18 * d * b  # norms read and write, residuals read two and write one, GELU 4d in and out
+    heads = shape.vocab_size * 4 * b  # a logit is written, read for its row's sum, read and written as a gradient
+    if shape.mixing != "none":
+        heads += shape.concept_dim * 5 * b + shape.concept_topk * d * 4 * b + 24 * d * b  # a read more for the TopK
+    labels = 0
+    if job.teacher is not None:
+        teacher = job.teacher
+        blocks_run = 2 * teacher.n_layer - teacher.layer - 1
+        labels = 2 * (blocks_run * 18 * teacher.n_embd + 4 * teacher.vocab_size + 2 * teacher.n_latents)
+    activations = tokens * (blocks * (TRAINED + setup.checkpointing) + heads + labels)
+    count = parameter_count(shape)
+    share = 1 if setup.stage == 0 else setup.gpus
+    adam = count / share * (6 * WIDE + WIDE + b)  # master and both moments read and written, the gradient read
+    return activations + adam + count * (setup.rounds * (b + 2 * WIDE) + 2 * WIDE)
+
+
+def _host_time(job, setup):
+    """Seconds that the host needs to start a step's kernels: about 14 a block and 40 around the heads in a forward
+    pass, and at stage 3 DeepSpeed's hooks around every module."""
+    cluster, n_layer = job.cluster, job.shape.n_layer
+    kernels = (14 * n_layer + 40) * (TRAINED + setup.checkpointing)
+    if job.teacher is not None:
+        kernels += 2 * 14 * job.teacher.n_layer
+    hooks = 9 * (n_layer + 1) * cluster.hook_us if setup.stage == 3 else 0.0
+    return setup.rounds * (kernels * cluster.launch_us + hooks) * 1e-6
+
+
+def predict(job: Job, setup: Setup) -> Prediction:
+    """Memory, arithmetic, communication and time of one setup."""
+    config, cluster, train = job.config, job.cluster, job.config.train
+    teacher_bytes = 2 if config.teacher.dtype == "bf16" else 4
+    memory = footprint(job.shape, config.model.n_head, setup, job.teacher, teacher_bytes)
+    flops, moved = step_flops(job, setup), step_bytes(job, setup)
+    tokens = setup.micro_batch * setup.rounds * job.shape.seq_len
+    passes = TRAINED + setup.checkpointing
+    attention = tokens * MULTIPLY_ADD * passes * forward_parts(job.shape)["attention"]
+    labels = 0 if job.teacher is None else tokens * MULTIPLY_ADD * labels_online(job.teacher, job.shape.seq_len)
+    label_rate = (cluster.product_tflops if teacher_bytes == 2 else cluster.fp32_tflops) * 1e12
+    compute = ((flops - attention - labels) / job.rate + labels / label_rate
+               + attention / min(job.rate, cluster.attention_tflops * 1e12) + moved / (cluster.memory_tb_s * 1e12))
+    compute = max(compute, _host_time(job, setup))
+    volume = communication(job.shape, setup)
+    communicating = communication_time(volume, setup.gpus, cluster)
+    hidden = min(cluster.overlap * communicating, 2 / 3 * compute) if _overlaps(config, setup) else 0.0
+    step = compute + communicating - hidden
+    per_second = tokens * setup.gpus / step
+    return Prediction(
+        setup=setup, memory=memory, fits=memory.total <= (cluster.memory_gb - cluster.reserved_gb) * 1e9,
+        offered=setup.stage > 0 or not (setup.bf16 or setup.offload), flops=flops, bytes=moved, communication=volume,
+        compute_s=compute, communication_s=communicating, exposed_s=communicating - hidden, step_s=step,
+        tokens_per_s=per_second, days=train.tokens / per_second / _SECONDS_A_DAY,
+    )
+
+
+def _zero_section(config):
+    section = config.deepspeed.get("zero_optimization", {})
+    return section if isinstance(section, dict) else {}
+
+
+def _overlaps(config, setup):
+    """Whether DeepSpeed averages gradients while the backward pass runs; by default at stage 3 alone."""
+    return bool(_zero_section(config).get("overlap_comm", setup.stage == 3))
+
+
+def _setup(job, stage, gpus, micro_batch, global_batch, **more):
+    zero, train = _zero_section(job.config), job.config.train
+    reuse = int(zero.get("stage3_max_reuse_distance", 10**9))
+    prefetch = int(zero.get("stage3_prefetch_bucket_size", 5 * 10**7))
+    settings = {"checkpointing": train.activation_checkpointing, "offload": train.offload_optimizer and stage > 0}
+    return Setup(
+        stage=stage, gpus=gpus, micro_batch=micro_batch, rounds=global_batch // (gpus * micro_batch),
+        bf16=train.precision == "bf16", bucket=int(zero.get("reduce_bucket_size", 5 * 10**8)),
+        persistence_threshold=int(zero.get("stage3_param_persistence_threshold", 10**5)),
+        kept_whole=max(reuse // 2, prefetch), **{**settings, **more},
+    )
+
+
+# ---------------------------------------------------------------------------------------------- choice
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages as configured, and the choice among all stages, micro batches and checkpointing on or off."""
+
+    job: Job
+    gpus: int
+    global_batch: int
+    stages: list[Prediction]
+    chosen: Prediction | None
+    advice: str = ""
+
+
+def make_plan(job: Job, gpus: int, raise_batch: bool = False) -> Plan:
+    """Predict every stage on `gpus` GPUs and choose.
+
+    With `raise_batch` a global batch that does not divide among the GPUs is raised until it does, and the micro batch
+    follows from the choice; otherwise both raise `CocomixError`, as training would.
+    """
+    train = job.config.train
+    if gpus < 1:
+        raise CocomixError(f"--gpus must be at least 1, not {gpus}")
+    global_batch = _round_up(train.global_batch, gpus) if raise_batch else train.global_batch
+    micro_batch = train.micro_batch
+    if global_batch % (gpus * micro_batch):
+        if not raise_batch:
+            raise CocomixError(_batch_message(train, gpus))
+        micro_batch = max(size for size in _divisors(global_batch // gpus) if size <= micro_batch)
+    stages = [predict(job, _setup(job, stage, gpus, micro_batch, global_batch)) for stage in range(4)]
+    chosen = choose(job, gpus, global_batch)
+    advice = "" if chosen is not None else _what_would_fit(job, gpus, global_batch)
+    return Plan(job, gpus, global_batch, stages, chosen, advice)
+
+
+def choose(job: Job, gpus: int, global_batch: int, offload: bool | None = None) -> Prediction | None:
+    """The fastest setup that fits, None where none does. Among those as fast as it, nearly: without
+    checkpointing, then the smallest stage, then the largest micro batch."""
+    more = {} if offload is None else {"offload": offload}
+    candidates = [
+        predict(job, _setup(job, stage, gpus, size, global_batch, checkpointing=again, **more))
+        for stage in range(4) for again in (False, True) for size in _divisors(global_batch // gpus)
+    ]
+    candidates = [found for found in candidates if found.fits and found.offered]
+    if not candidates:
+        return None
+    fastest = min(found.step_s for found in candidates)
+    return min((found for found in candidates if found.step_s <= _TIE * fastest),
+               key=lambda found: (found.setup.checkpointing, found.setup.stage, -found.setup.micro_batch))
+
+
+def _divisors(number):
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _batch_message(train, gpus):
+    message = (f"train.global_batch ({train.global_batch}) must be a multiple of train.micro_batch "
+               f"({train.micro_batch}) x {gpus} GPUs")
+    if train.global_batch % gpus == 0:
+        fitting = ", ".join(map(str, _divisors(train.global_batch // gpus)))
+        return f"{message}: train.micro_batch could be {fitting}"
+    return f"{message}: the next batch that divides is {_round_up(train.global_batch, gpus)}"
+
+
+def _what_would_fit(job, gpus, global_batch):
+    """Where no setup fits: the optimizer in host memory, or more GPUs; with the least that is needed here."""
+    options = []
+    offloaded = choose(job, gpus, global_batch, offload=True)
+    if offloaded is not None:
+        options.append(
+            f"train.offload_optimizer=true with {_settings(offloaded)} ({_gb(offloaded.memory.total)} GB a GPU and "
+            f"{_gb(offloaded.memory.host)} GB of host memory for each)")
+    more = gpus
+    while (more := 2 * more) <= _MAX_GPUS:
+        if global_batch % more == 0 and (found := choose(job, more, global_batch)) is not None:
+            options.append(f"{more} GPUs with {_settings(found)} ({_gb(found.memory.total)} GB a GPU)")
+            break
+    least = min((predict(job, _setup(job, stage, gpus, 1, global_batch, checkpointing=True)) for stage in range(1, 4)),
+                key=lambda found: found.memory.total)
+    needed = (f"nothing fits into {job.cluster.memory_gb:g} GB less {job.cluster.reserved_gb:g} GB reserved: the least "
+              f"is {_gb(least.memory.total)} GB with {_settings(least)}")
+    return f"{needed}; what would fit: {' or '.join(options) or 'a smaller model, context or concept_dim'}"
+
+
+def _settings(found):
+    setup = found.setup
+    return (f"train.zero_stage={setup.stage} train.micro_batch={setup.micro_batch} "
+            f"train.activation_checkpointing={str(setup.checkpointing).lower()}")
+
+
+# ---------------------------------------------------------------------------------------------- text and JSON
+
+
+def run(config: Config, gpus: list[int], cluster: str, vocab_size: int | None = None, json_file=None) -> None:
+    """`cocomix plan`: print the plan of one number of GPUs, or a table with a row for each of several."""
+    job = make_job(config, load_cluster(cluster), vocab_size)
+    plans = [make_plan(job, number, raise_batch=len(gpus) > 1) for number in gpus]
+    print(describe(plans[0]) if len(plans) == 1 else table(plans))
+    if json_file is not None:
+        write_json(json_file, {"plans": [as_dict(plan) for plan in plans]})
+
+
+def as_dict(plan: Plan) -> dict:
+    """Everything a plan holds, for JSON."""
+    job = plan.job
+    return {
+        "cluster": dataclasses.asdict(job.cluster), "gpus": plan.gpus, "global_batch": plan.global_batch,
+        "parameters": parameter_count(job.shape), "student": dataclasses.asdict(job.shape),
+        "teacher": None if job.teacher is None else dataclasses.asdict(job.teacher),
+        "flops_per_token": training_flops(job.shape, job.teacher), "train_tokens": job.config.train.tokens,
+        "stages": [_prediction_dict(found) for found in plan.stages],
+        "chosen": None if plan.chosen is None else _prediction_dict(plan.chosen), "advice": plan.advice,
+    }
+
+
+def _prediction_dict(found):
+    return dataclasses.asdict(found) | {"memory_total": found.memory.total}
+
+
+def _gb(size):
+    return f"{size / 1e9:.1f}"
+
+
+def _days(days):
+    return f"{days:,.1f}" if days >= 1 else f"{days:.2g}"
+
+
+def describe(plan: Plan) -> str:
+    """The plan as text: the job, a table of the stages, the choice and the assumptions."""
+    job, cluster = plan.job, plan.job.cluster
+    shape, first = job.shape, plan.stages[0].setup
+    lines = [
+        f"{parameter_count(shape) / 1e6:,.0f}M parameters, {_mode(job)}, {job.config.train.precision}; "
+        f"{training_flops(shape, job.teacher) / 1e9:.2f} GFLOP a token, forward and backward",
+        f"{plan.gpus} x {cluster.name}, {cluster.memory_gb:g} GB each of which {cluster.reserved_gb:g} GB reserved; "
+        f"{plan.global_batch:,} windows of {shape.seq_len:,} tokens a step: {first.rounds} x {first.micro_batch} for "
+        f"each GPU{', activation checkpointing' * first.checkpointing}", "",
+        "predicted, for one GPU", _stage_table(plan), "",
+    ]
+    if plan.chosen is None:
+        return "\n".join([*lines, plan.advice])
+    found = plan.chosen
+    lines += [
+        f"chosen: {_settings(found)}{' train.offload_optimizer=true' * found.setup.offload}",
+        f"  {_gb(found.memory.total)} GB a GPU, step {found.step_s * 1e3:,.0f} ms, {found.tokens_per_s:,.0f} tokens/s, "
+        f"{_days(found.days)} days for {job.config.train.tokens:.3g} tokens",
+        f"assumed: {_rates(job)}; {cluster.link_share:.0%} of the links' rates; of communication that DeepSpeed "
+        f"overlaps (by default stage 3 only) {cluster.overlap:.0%} is hidden; no pauses for data, evaluation or saving",
+    ]
+    return "\n".join(lines)
+
+
+def _mode(job):
+    labels = "" if job.shape.mixing == "none" else ", online labels" if job.teacher is not None else ", cached labels"
+    return f"mixing {job.shape.mixing}{labels}"
+
+
+def _rates(job):
+    cluster = job.cluster
+    return (f"{job.rate / 1e12:g} TFLOP/s in products, {cluster.attention_tflops:g} in attention, "
+            f"{cluster.memory_tb_s:g} TB/s")
+
+
+def _stage_table(plan):
+    """One column a stage: memory by part, then work, communication and speed."""
+    names = list(dict.fromkeys(name for found in plan.stages for name in found.memory.parts))
+    rows = [[f"{name}, GB", *(_gb(found.memory.parts.get(name, 0)) for found in plan.stages)] for name in names]
+    other = [predict(plan.job, dataclasses.replace(found.setup, checkpointing=not found.setup.checkpointing))
+             for found in plan.stages]
+    switched = "without" if plan.stages[0].setup.checkpointing else "with"
+    rows += [
+        ["memory, GB", *(_gb(found.memory.total) for found in plan.stages)],
+        ["fullest at", *(found.memory.moment for found in plan.stages)],
+        ["fits", *("not offered" if not found.offered else "yes" if found.fits else "no" for found in plan.stages)],
+        [f"memory {switched} checkpointing, GB", *(_gb(found.memory.total) for found in other)],
+    ]
+    if any(found.memory.host for found in plan.stages):
+        rows.append(["host memory, GB", *(_gb(found.memory.host) for found in plan.stages)])
+    rows += [[title, *(format(value(found), style) for found in plan.stages)] for title, value, style in (
+        ("TFLOP a step", lambda f: f.flops / 1e12, ",.1f"),
+        ("GB moved a step", lambda f: f.bytes / 1e9, ",.0f"),
+        ("all-reduce, GB", lambda f: f.communication.all_reduce / 1e9, ".2f"),
+        ("reduce-scatter, GB", lambda f: f.communication.reduce_scatter / 1e9, ".2f"),
+        ("all-gather (own part), GB", lambda f: f.communication.all_gather / 1e9, ".3f"),
+        ("computing, ms", lambda f: f.compute_s * 1e3, ",.1f"),
+        ("communicating, ms", lambda f: f.communication_s * 1e3, ",.1f"),
+        ("of it not hidden, ms", lambda f: f.exposed_s * 1e3, ",.1f"),
+        ("tokens/s, all GPUs", lambda f: f.tokens_per_s, ",.0f"),
+    )]
+    rows.append(["days", *(_days(found.days) for found in plan.stages)])
+    return _aligned([["", *(f"ZeRO {found.setup.stage}" for found in plan.stages)], *rows])
+
+
+def _aligned(rows):
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in
+                                                          zip(row[1:], widths[1:], strict=True))]) for row in rows)
+
+
+def table(plans: list[Plan]) -> str:
+    """A Markdown table with the choice for each number of GPUs. A batch that had to be raised carries a star."""
+    job = plans[0].job
+    titles = ("GPUs", "windows a step", "ZeRO", "micro batch", "checkpointing", "GB a GPU", "step", "tokens/s", "days")
+    rows = [titles, tuple("---:" for _ in titles)]
+    for plan in plans:
+        batch = f"{plan.global_batch:,}{'*' * (plan.global_batch != job.config.train.global_batch)}"
+        found = plan.chosen
+        if found is None:
+            rows.append((f"{plan.gpus:,}", batch, "nothing fits", *("" for _ in titles[3:])))
+            continue
+        rows.append((f"{plan.gpus:,}", batch, str(found.setup.stage), str(found.setup.micro_batch),
+                     "yes" if found.setup.checkpointing else "no", _gb(found.memory.total),
+                     f"{found.step_s * 1e3:,.0f} ms", f"{found.tokens_per_s / 1e6:.2f}M", _days(found.days)))
+    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    raised = any(plan.global_batch != job.config.train.global_batch for plan in plans)
+    note = (f"\n\n\\* raised from {job.config.train.global_batch:,}, which does not divide among so many GPUs"
+            if raised else "")
+    return (f"Predicted for {job.cluster.name}: {parameter_count(job.shape) / 1e6:,.0f}M parameters, {_mode(job)}, "
+            f"{job.config.train.precision}, {job.config.train.tokens:.3g} tokens\n\n{text}{note}")
+

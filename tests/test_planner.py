@@ -1,0 +1,292 @@
+"""The planner's memory and communication against measurements, and what it chooses and says."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import plan_helpers
+import pytest
+import torch
+from run_helpers import environment
+
+from cocomix.cli import main
+from cocomix.clusters import Cluster, known_clusters, load_cluster
+from cocomix.config import Config, load_config
+from cocomix.errors import CocomixError
+from cocomix.flops import StudentShape, parameter_count
+from cocomix.footprint import CHUNK_BYTES, Setup, footprint
+from cocomix.kernels import chunking
+from cocomix.planner import Communication, communication, communication_time, make_job, make_plan, predict, step_flops
+
+CONFIGS = Path(__file__).parent.parent / "configs/openwebtext"
+ZERO_3 = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0,
+          "stage3_prefetch_bucket_size": 0}
+
+
+def paper_job(size="69m", cluster="h100", *overrides):
+    return make_job(load_config(CONFIGS / f"{size}.yaml", list(overrides)), load_cluster(cluster))
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize(("mixing", "seq_len", "rows", "rounds", "checkpointing", "more"), [
+    ("none", 128, 8, 1, False, {}),
+    ("add", 128, 8, 1, False, {}),
+    ("interleave", 128, 8, 1, False, {}),  # activations
+    ("interleave", 128, 8, 2, False, {}),
+    ("interleave", 128, 8, 1, True, {}),
+    ("interleave", 16, 1, 1, False, {"n_embd": 256, "concept_dim": 4096}),  # weights and optimizer
+    ("interleave", 64, 2, 1, False, {"vocab_size": 12000}),  # the language-model head
+    ("interleave", 128, 4, 1, False, {"vocab_size": 12000}),  # and with it in several chunks
+    ("add", 256, 4, 1, False, {"concept_dim": 16384, "vocab_size": 500}),  # the concept head
+])
+def test_memory_of_one_process_is_what_a_step_holds(mixing, seq_len, rows, rounds, checkpointing, more):
+    student = plan_helpers.shape(mixing, seq_len, **more)
+    model = plan_helpers.build(student)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)  # as training does
+
+    def step():
+        for _ in range(rounds):
+            model(**plan_helpers.micro_batch(student, rows)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    held = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
+    held += sum(p.nbytes for p in model.parameters())
+    setup = Setup(stage=0, gpus=1, micro_batch=rows, rounds=rounds, bf16=False, checkpointing=checkpointing,
+                  device="cpu")
+    predicted = footprint(student, plan_helpers.N_HEAD, setup)
+    assert predicted.total == pytest.approx(held + plan_helpers.peak_above_start(step), rel=0.05)
+    assert predicted.parts["weights"] == 4 * parameter_count(student)
+
+
+def test_chunks_are_those_of_the_operations():
+    assert CHUNK_BYTES == {"cpu": chunking.CHUNK_BYTES["cpu"], "cuda": chunking.CHUNK_BYTES["triton"]}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_partitions_shrink_with_the_stage_and_the_number_of_gpus(bf16):
+    student, count = plan_helpers.shape("interleave"), parameter_count(plan_helpers.shape("interleave"))
+
+    def parts(stage, gpus, **more):
+        return footprint(student, 4, Setup(stage, gpus, 2, 1, bf16, bucket=1000, kept_whole=0, **more)).parts
+
+    assert parts(0, 8)["optimizer"] == 8 * count
+    for stage in (1, 2, 3):
+        assert parts(stage, 8)["optimizer"] == count
+        assert parts(stage, 8)["masters"] == count / 2
+        assert parts(stage, 8, offload=True).keys().isdisjoint({"optimizer", "masters"})
+    assert parts(2, 8)["weights"] == 8 * parts(3, 8)["weights"] == (2 if bf16 else 4) * count
+    assert sum(parts(2, 64).values()) < sum(parts(2, 8).values())
+
+
+def test_checkpointing_saves_most_of_the_activations():
+    job = paper_job("1.38b")
+    setup = Setup(stage=1, gpus=8, micro_batch=8, rounds=16, bf16=True)
+    plain, again = (predict(job, dataclasses.replace(setup, checkpointing=on)) for on in (False, True))
+    assert again.memory.total < plain.memory.total - 15e9
+    assert again.flops / plain.flops == pytest.approx(4 / 3, abs=0.05)
+    assert again.tokens_per_s < plain.tokens_per_s
+
+
+def test_online_labels_cost_the_teacher():
+    cached, online = (make_job(load_config(CONFIGS / "69m.yaml", more), Cluster()) for more in
+                      ([], ["labels.cache=null"]))
+    setup = Setup(stage=1, gpus=8, micro_batch=8, rounds=1, bf16=True)
+    assert "teacher and SAE" not in predict(cached, setup).memory.parts
+    assert predict(online, setup).memory.parts["teacher and SAE"] > 2 * 124_000_000 + 4 * 32768 * 768
+    assert step_flops(online, setup) / step_flops(cached, setup) == pytest.approx(3.17 / 1.67, rel=0.01)
+
+
+def measured(cases, ranks=1):
+    """What `plan_helpers` measures for each case, in processes of its own."""
+    arguments = [plan_helpers.__file__, json.dumps(cases)]
+    start = [sys.executable]
+    if ranks > 1:
+        start = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", str(ranks)]
+    done = subprocess.run([*start, *arguments], capture_output=True, text=True, timeout=600,
+                          env=environment(threads=1))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith('[{"coll')))
+
+
+@pytest.mark.slow
+def test_memory_under_deepspeed_is_what_a_step_holds():
+    bucket, kinds = 200_000, [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
+    cases = [(stage, precision, rounds, "interleave", {"reduce_bucket_size": bucket, **(ZERO_3 if stage == 3 else {})})
+             for stage, precision in kinds for rounds in (1, 2)]
+    ratios = {}
+    for (stage, precision, rounds, *_), found in zip(cases, measured(cases), strict=True):
+        setup = Setup(stage, 1, plan_helpers.MICRO_BATCH, rounds, precision == "bf16", bucket=bucket, kept_whole=0,
+                      persistence_threshold=0, device="cpu")
+        predicted = footprint(plan_helpers.shape("interleave"), plan_helpers.N_HEAD, setup)
+        ratios[stage, precision, rounds] = predicted.total / found["peak"]
+    assert all(0.9 < ratio < 1.1 for ratio in ratios.values()), ratios
+
+
+# ---------------------------------------------------------------------------------------------- communication
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_communication_is_what_deepspeeds_logger_records(ranks):
+    cases = [
+        (0, "fp32", 2, "interleave", {}), (0, "fp32", 1, "none", {}), (1, "fp32", 2, "add", {}),
+        (1, "bf16", 2, "interleave", {}), (2, "fp32", 2, "interleave", {}), (2, "bf16", 3, "none", {}),
+        (3, "fp32", 2, "interleave", ZERO_3), (3, "bf16", 1, "none", ZERO_3),
+        (3, "bf16", 2, "interleave", {"stage3_param_persistence_threshold": 0}),  # weights stay for the backward pass
+        (3, "fp32", 2, "add", {"stage3_param_persistence_threshold": 5000}),  # small parameters always stay
+    ]
+    for case, found in zip(cases, measured(cases, ranks), strict=True):
+        stage, precision, rounds, mixing, zero = case
+        setup = Setup(stage, ranks, plan_helpers.MICRO_BATCH, rounds, precision == "bf16",
+                      persistence_threshold=zero.get("stage3_param_persistence_threshold", 100_000),
+                      kept_whole=0 if "stage3_max_reuse_distance" in zero else 500_000_000)
+        volume = communication(plan_helpers.shape(mixing), setup)
+        predicted = {"all_reduce": volume.all_reduce, "reduce_scatter_tensor": volume.reduce_scatter,
+                     "all_gather_into_tensor": volume.all_gather}
+        assert {name: size for name, size in predicted.items() if size} == {
+            name: size for name, size in found["collectives"].items() if size}, case
+
+
+def test_one_gpu_needs_no_communication():
+    assert communication(plan_helpers.shape("none"), Setup(3, 1, 2, 2, True)) == Communication()
+    assert communication_time(Communication(), 1, Cluster()) == 0
+
+
+def test_links_within_a_node_are_faster_and_latency_grows_with_the_nodes():
+    cluster = Cluster(within_gb_s=400, between_gb_s=10, link_share=0.5, within_latency_us=0, between_latency_us=0)
+    volume = Communication(all_reduce=8 * 10**9, messages=1)
+    assert communication_time(volume, 8, cluster) == pytest.approx(2 * 7 / 8 * 8 / 200)
+    assert communication_time(volume, 16, cluster) == pytest.approx(2 * 15 / 16 * 8 / 40)  # 8 networks of 10 GB/s
+    slow = dataclasses.replace(cluster, between_latency_us=1e6)
+    assert communication_time(Communication(messages=3), 64, slow) == pytest.approx(3 * 2 * 3)
+    reduced = Communication(reduce_scatter=8 * 10**9, all_gather=10**9, messages=1)
+    assert communication_time(reduced, 8, cluster) == pytest.approx(communication_time(volume, 8, cluster))
+
+
+# ---------------------------------------------------------------------------------------------- choice and text
+
+
+def test_the_choice_fits_is_offered_and_nothing_is_faster():
+    plan = make_plan(paper_job("1.38b"), 8)
+    chosen = plan.chosen
+    assert chosen.fits and chosen.offered
+    assert chosen.memory.total <= 77e9
+    assert all(chosen.step_s <= found.step_s * 1.03 for found in plan.stages if found.fits and found.offered)
+    assert not plan.stages[0].offered  # bf16 at stage 0
+    assert plan.stages[1].setup.rounds == 1024 // 8 // 8
+
+
+def test_a_small_gpu_gets_a_setup_that_saves_memory():
+    job = paper_job("1.38b")
+    small = dataclasses.replace(job, cluster=dataclasses.replace(job.cluster, memory_gb=20))
+    chosen = make_plan(small, 8).chosen
+    assert chosen.memory.total < 17e9
+    assert chosen.step_s > make_plan(job, 8).chosen.step_s
+
+
+def test_where_nothing_fits_it_says_what_would():
+    job = paper_job("1.38b")
+    tiny = dataclasses.replace(job, cluster=dataclasses.replace(job.cluster, memory_gb=15))
+    plan = make_plan(tiny, 2)
+    assert plan.chosen is None
+    assert "nothing fits into 15 GB less 3 GB reserved" in plan.advice and "GPUs with train.zero_stage=" in plan.advice
+    hopeless = dataclasses.replace(job, cluster=dataclasses.replace(job.cluster, memory_gb=3.1))
+    assert make_plan(hopeless, 2).advice.endswith("a smaller model, context or concept_dim")
+
+
+def test_more_gpus_are_faster_but_not_by_more_than_their_number():
+    job = paper_job("386m")
+    speeds = [make_plan(job, gpus).chosen.tokens_per_s for gpus in (8, 16, 32)]
+    assert speeds[0] < speeds[1] < 2.05 * speeds[0] and speeds[1] < speeds[2] < 2.05 * speeds[1]
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_one_that_does():
+    with pytest.raises(CocomixError, match="train.micro_batch could be 1, 2, 4, 8, 16$"):
+        make_plan(paper_job("69m"), 32)
+    with pytest.raises(CocomixError, match="the next batch that divides is 516"):
+        make_plan(paper_job("69m"), 12)
+    with pytest.raises(CocomixError, match="--gpus must be at least 1"):
+        make_plan(paper_job("69m"), 0)
+    assert make_plan(paper_job("69m"), 4096, raise_batch=True).global_batch == 4096
+
+
+def test_shapes_come_from_token_files_and_the_teachers_folder(tmp_path):
+    config = Config()
+    config.data.folder, config.data.vocab_size = str(tmp_path), 777
+    config.teacher.model, config.teacher.layer = str(tmp_path), 2
+    assert paper_job("69m").shape.vocab_size == 50257
+    (tmp_path / "config.json").write_text('{"hidden_size": 48, "num_hidden_layers": 3, "vocab_size": 99}')
+    job = make_job(config, Cluster())
+    assert job.shape.vocab_size == 777
+    assert (job.teacher.n_embd, job.teacher.n_layer, job.teacher.vocab_size) == (48, 3, 99)
+    (tmp_path / "meta.json").write_text('{"vocab_size": 555}')
+    assert make_job(config, Cluster()).shape.vocab_size == 555
+    config.teacher.layer = 3
+    with pytest.raises(CocomixError, match="the teacher has blocks 0 to 2"):
+        make_job(config, Cluster())
+    config.teacher.model = "someone/else"
+    with pytest.raises(CocomixError, match="its shape is not known"):
+        make_job(config, Cluster())
+
+
+def test_the_shipped_clusters_are_found_by_name_and_others_by_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert {"a100", "h100", "h200"} <= set(known_clusters())
+    assert load_cluster("h100").between_gb_s == 400 / 8
+    (tmp_path / "mine.yaml").write_text("gpus_per_node: 4\n")
+    assert load_cluster("mine.yaml") == Cluster(gpus_per_node=4)
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ("memory: 80", "unknown key memory; did you mean memory_gb?"),
+    ("gpus_per_node: many", "gpus_per_node"),
+    ("memory_tb_s: 0", "memory_tb_s must be positive"),
+    ("overlap: 1.5", "overlap is a share"),
+    ("reserved_gb: 90", "leaves nothing"),
+    ("[1", "is not valid YAML"),
+    ("- 1", "holds no settings"),
+])
+def test_a_bad_cluster_file_is_refused(tmp_path, content, message):
+    (tmp_path / "bad.yaml").write_text(content)
+    with pytest.raises(CocomixError, match=message.replace("?", r"\?")):
+        load_cluster(str(tmp_path / "bad.yaml"))
+
+
+def test_an_unknown_cluster_lists_the_known_ones():
+    with pytest.raises(CocomixError, match="known names: .*a100, h100, h200"):
+        load_cluster("v100")
+
+
+def test_text_and_json_agree(tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    assert main(["plan", str(CONFIGS / "1.38b.yaml"), "--gpus", "8", "--json", str(out)]) == 0
+    text = capsys.readouterr().out
+    [plan] = json.loads(out.read_text())["plans"]
+    assert plan["parameters"] == parameter_count(StudentShape(2048, 24, 5, 50257, 1024, 32768, 32))
+    assert f"{plan['chosen']['tokens_per_s']:,.0f} tokens/s" in text
+    for stage in plan["stages"]:
+        assert f"{stage['memory_total'] / 1e9:.1f}" in text
+    assert sum(plan["chosen"]["memory"]["parts"].values()) == plan["chosen"]["memory_total"]
+
+
+def test_several_numbers_of_gpus_make_a_markdown_table(capsys):
+    assert main(["plan", str(CONFIGS / "69m.yaml"), "--gpus", "8,4096"]) == 0
+    text = capsys.readouterr().out
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(rows) == 4 and rows[2].startswith("| 8 | 512 |") and rows[3].startswith("| 4,096 | 4,096* |")
+    assert "raised from 512" in text and text.startswith("Predicted for H100")
+
+
+def test_planning_loads_nothing_heavy():
+    code = (f"import sys; from cocomix.cli import main; main(['plan', {str(CONFIGS / '69m.yaml')!r}, '--gpus', '8']); "
+            "print(*{'torch', 'deepspeed', 'transformers'} & set(sys.modules), 'end')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "end", done.stdout + done.stderr
