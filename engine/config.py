@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cocomix.errors import CocomixError
 
 MIXING = ("interleave", "add", "none")
+ATTENTION_BACKENDS = ("torch", "triton", "flash", "cudnn")
 
 
 @dataclass
@@ -99,6 +100,7 @@ class TrainConfig:
     offload_optimizer: bool = False  # optimizer state and step on the CPU
     activation_checkpointing: bool = False  # keep only the blocks' inputs and compute the rest again when needed
     compile: bool = False  # torch.compile each block
+    attention_backend: str | None = None  # over the doubled sequence: torch | triton | flash | cudnn; null: by rule
     seed: int = 0  # of initialisation and data order
     log_every: int = 10
     eval_every: int = 500
@@ -240,6 +242,9 @@ def _validate(config: Config, where: str) -> None:
          "while it initialises"),
         (not (train.offload_optimizer and train.zero_stage == 0),
          "train.offload_optimizer needs train.zero_stage 1, 2 or 3"),
+        (train.attention_backend in (None, *ATTENTION_BACKENDS),
+         f"train.attention_backend is {train.attention_backend!r}; it must be null or one of "
+         f"{', '.join(ATTENTION_BACKENDS)}"),
         (train.global_batch % train.micro_batch == 0,
          f"train.global_batch ({train.global_batch}) must be a multiple of train.micro_batch ({train.micro_batch})"),
         (0 <= train.min_lr_ratio <= 1, "train.min_lr_ratio must lie between 0 and 1"),

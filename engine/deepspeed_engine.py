@@ -97,7 +97,10 @@ def build_engine(model, config: Config, device: torch.device, world: int):
     `CocomixError` for settings that DeepSpeed refuses.
     """
     train = config.train
+    if device.type == "cpu" and train.attention_backend not in (None, "torch"):
+        raise CocomixError(f"train.attention_backend={train.attention_backend} needs a GPU, and this machine has none")
     model = model.to(device)
+    model.transformer.set_attention_backend(train.attention_backend)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps,
         weight_decay=train.weight_decay, fused=True,

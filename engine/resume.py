@@ -11,6 +11,7 @@ MAY_CHANGE = (
     "out", "data.folder", "data.text", "data.text_key", "data.tokenizer", "data.vocab_size", "data.max_tokens",
     "data.val_fraction", "teacher.model", "teacher.sae", "sae", "labels", "train.run", "train.micro_batch",
     "train.zero_stage", "train.offload_optimizer", "train.activation_checkpointing", "train.compile",
+    "train.attention_backend",
     "train.log_every", "train.eval_every", "train.eval_windows", "train.save_every", "train.keep_checkpoints",
     "train.tensorboard", "train.wandb_project", "train.timeout_minutes", "deepspeed",
     "train.tokens", "train.lr", "train.min_lr_ratio", "train.warmup_steps", "train.grad_clip",

@@ -258,6 +258,7 @@ def test_numbers_that_are_none_are_refused(write, value):
     (["train.zero_stage=4"], "train.zero_stage is 4; it must be 0, 1, 2 or 3"),
     (["train.zero_stage=0", "train.precision=bf16"], "train.precision=bf16 needs train.zero_stage 1, 2 or 3"),
     (["train.zero_stage=0", "train.offload_optimizer=true"], "train.offload_optimizer needs train.zero_stage 1, 2"),
+    (["train.attention_backend=flex"], "train.attention_backend is 'flex'; it must be null or one of torch, triton"),
     (["train.micro_batch=7"], "train.global_batch (512) must be a multiple of train.micro_batch (7)"),
     (["train.min_lr_ratio=1.1"], "train.min_lr_ratio must lie between 0 and 1"),
     (["train.min_lr_ratio=-0.1"], "train.min_lr_ratio must lie between 0 and 1"),

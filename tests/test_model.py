@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cocomix import CoCoMixConfig, CoCoMixForCausalLM
 from cocomix.flops import StudentShape, cocomix_forward
+from cocomix.kernels import interleaved_attention
 
 MIXED = [(mixing, layer) for mixing in ("interleave", "add") for layer in range(SMALL["n_layer"])]
 
@@ -264,6 +265,19 @@ def test_checkpointed_blocks_are_computed_twice_and_give_the_same_gradients(mixi
     _, actual = losses_and_gradients(model, ids, labels)
     assert_close(actual, expected, rtol=0, atol=0)
     assert len(calls) == 3 * model.config.n_layer  # once without, twice with
+
+
+def test_a_chosen_attention_backend_runs_all_queries_and_leaves_concept_queries_to_the_rule(monkeypatch):
+    model, chosen = small_model(), []
+
+    def attention(q, k, v, backend=None):
+        chosen.append((q.shape[1] == k.shape[1], backend))
+        return interleaved_attention(q, k, v)
+
+    monkeypatch.setattr("cocomix.model.interleaved_attention", attention)
+    model.transformer.set_attention_backend("flash")
+    model(batch(model.config)[0])
+    assert chosen == [(True, "flash"), (False, None)]
 
 
 # --- initialisation, saving, loading

@@ -325,3 +325,8 @@ def test_cached_concepts_beyond_the_students_are_refused(world, capsys):
 
 def test_labels_are_not_read_where_there_is_no_mixing(world):
     assert source(world, "model.mixing=none", "teacher.model=/nowhere").kind is None
+
+
+def test_an_attention_backend_without_its_gpu_is_refused(world, capsys):
+    assert world.train("no-gpu", "train.attention_backend=flash") == 2
+    assert "train.attention_backend=flash needs a GPU" in capsys.readouterr().err
