@@ -1,25 +1,23 @@
-"""Checkpoints of a run: the training state in pieces and the model as a transformers folder, never half.
+"""Checkpoints of a run: the training state in pieces, written while training goes on, never taken for whole when half.
 
-RUN/checkpoints/step-00000100/ holds state/ (one file a rank, see `training_state`), model/ and trainer.json;
-RUN/checkpoints/latest.json names the newest complete one. It is written aside and renamed after every rank has
-finished writing.
+RUN/checkpoints/step-00000100/ holds trainer.json, model/ (the model's config and tokenizer) and state/ (one file a
+rank, see `training_state`). Every file is written aside and renamed, and a checkpoint is complete when it has
+trainer.json and the files of all ranks: no pointer can name a wrong one, and no rank waits for another to finish.
 """
 
-import contextlib
-import errno
-import re
 import secrets
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
+from cocomix.background_write import BackgroundWriter, failure
 from cocomix.distributed import Ranks
 from cocomix.errors import CocomixError
-from cocomix.files import atomic_folder, explain_full_disk, read_json, write_json
-from cocomix.training_state import adam_steps, load_pieces, publish_weights, save_pieces
+from cocomix.files import explain_full_disk, read_json, write_json
+from cocomix.training_state import adam_steps, load_pieces, publish_weights, state_file_name, state_to_save
 
-_VERSION = 2
-# How the writers of safetensors and tokenizers, which raise no OSError, say that the disk is full.
-_WRITE_FAILED = re.compile(r"os error (27|28|122)\b")
+_VERSION = 3
 
 
 def checkpoints_folder(run) -> Path:
@@ -28,102 +26,111 @@ def checkpoints_folder(run) -> Path:
 
 
 def latest_checkpoint(run) -> Path | None:
-    """The newest complete checkpoint of a run, None where there is none.
+    """The newest complete checkpoint of a run, None where there is none."""
+    return next(iter(_complete_checkpoints(run)), None)
 
-    Raises `CocomixError` where the one that is named has vanished.
+
+def _complete_checkpoints(run) -> list[Path]:
+    """Newest first."""
+    folders = sorted(checkpoints_folder(run).glob("step-*"), reverse=True)
+    return [folder for folder in folders if _is_complete(folder)]
+
+
+def _is_complete(folder: Path) -> bool:
+    if not (folder / "trainer.json").exists():
+        return False
+    world = _trainer_json(folder).get("world_size", 0)
+    files = {file.name for file in (folder / "state").glob("*.safetensors")}
+    return files.issuperset(state_file_name(rank, world) for rank in range(world))
+
+
+def _trainer_json(checkpoint: Path) -> dict:
+    return read_json(checkpoint / "trainer.json", "the checkpoint's training state")
+
+
+class CheckpointWriter:
+    """Saves of one run, one at a time. The training step waits for a copy to host memory alone.
+
+    All ranks call each method together. `describe_model` writes what belongs into model/ and may take its time.
     """
-    folder = checkpoints_folder(run)
-    if not (folder / "latest.json").exists():
-        return None
-    name = read_json(folder / "latest.json", "the pointer to the latest checkpoint").get("folder")
-    if not isinstance(name, str):
-        raise CocomixError(f"{folder / 'latest.json'} names no checkpoint: write the folder of a complete one there")
-    checkpoint = folder / name
-    if not (checkpoint / "trainer.json").exists():
-        raise CocomixError(f"{folder / 'latest.json'} names {checkpoint.name}, which is missing or incomplete")
-    return checkpoint
 
+    def __init__(self, run, keep: int, describe_model: Callable[[Path], None], ranks: Ranks):
+        self._run, self._keep, self._describe_model, self._ranks = Path(run), keep, describe_model, ranks
+        self._writer = BackgroundWriter(ranks)
+        self._folder = self._written = None
 
-def model_folder(path) -> Path:
-    """The transformers folder that `path` means: itself, the finished model of a run, or its latest checkpoint's.
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank's last file could not be written."""
+        return self._written is not None and self._written.done() and self._written.exception() is not None
 
-    Raises `CocomixError` where there is no model.
-    """
-    path = Path(path)
-    for candidate in (path, path / "model"):
-        if (candidate / "config.json").is_file():
-            return candidate
-    latest = latest_checkpoint(path)
-    if latest is not None:
-        return latest / "model"
-    raise CocomixError(
-        f"{path} holds no model: expected a transformers folder, a checkpoint, or the folder of a run that has saved"
-    )
+    def begin(self, engine, step: int, trainer_state: dict) -> None:
+        """Copy the state of step `step`, and write it while training goes on. `trainer_state` holds JSON values.
 
-
-def save_checkpoint(engine, run, step: int, trainer_state: dict, ranks: Ranks, keep: int, tokenizer) -> Path:
-    """Write a checkpoint (all ranks call this) and thin out the older ones to `keep`.
-
-    `trainer_state` holds JSON values. Raises `CocomixError` on a full disk; the older checkpoints are untouched then.
-    """
-    folder = checkpoints_folder(run) / f"step-{step:08d}"
-    if ranks.is_first:
-        shutil.rmtree(folder, ignore_errors=True)
-    save_id = ranks.from_first(secrets.token_hex(8))
-    try:
-        with _explain_full_disk(folder):
-            save_pieces(engine, folder / "state", save_id, ranks)
-        save_model(engine, folder / "model", ranks, tokenizer)
+        Waits for the last save first and raises what `finish` raises.
+        """
+        self.finish()
+        ranks = self._ranks
+        self._folder = folder = checkpoints_folder(self._run) / f"step-{step:08d}"
         if ranks.is_first:
-            write_json(folder / "trainer.json", {
-                "version": _VERSION, "save_id": save_id, "world_size": ranks.world, "step": step,
-                "adam_steps": adam_steps(engine), "skipped_steps": engine.skipped_steps,
-                "schedule_steps": engine.lr_scheduler.last_epoch, **trainer_state,
-            })
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    ranks.barrier()
-    if ranks.is_first:
-        write_json(checkpoints_folder(run) / "latest.json", {"step": step, "folder": folder.name})
-        _thin_out(folder, keep)
-    return folder
+            shutil.rmtree(folder, ignore_errors=True)  # what was left of a save that died
+        save_id = ranks.from_first(secrets.token_hex(8))
+        description = {
+            "version": _VERSION, "save_id": save_id, "world_size": ranks.world, "step": step,
+            "adam_steps": adam_steps(engine), "skipped_steps": engine.skipped_steps,
+            "schedule_steps": engine.lr_scheduler.last_epoch, **trainer_state,
+        }
 
+        def before() -> None:
+            if ranks.is_first:
+                with explain_full_disk(folder):
+                    self._describe_model(folder / "model")
+                write_json(folder / "trainer.json", description)
 
-def _thin_out(newest: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints, and what was begun but never finished."""
-    others = {folder for folder in newest.parent.glob("step-*") if folder != newest}
-    older = sorted(folder for folder in others if folder.name < newest.name and (folder / "trainer.json").exists())
-    for folder in others - set(older[max(0, len(older) - (keep - 1)):]):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _explain_full_disk(path):
-    with explain_full_disk(path):
+        path = folder / "state" / state_file_name(ranks.rank, ranks.world)
         try:
-            yield
-        except CocomixError:
-            raise
-        except Exception as error:  # the writers' exceptions have no common base
-            if not _WRITE_FAILED.search(str(error)):
-                raise
-            raise OSError(errno.ENOSPC, str(error), str(path)) from error
+            self._written = self._writer.write(state_to_save(engine, ranks), path, {"save_id": save_id}, before)
+        except Exception as error:  # the other ranks are told in `finish`
+            self._written = Future()
+            self._written.set_exception(error)
+
+    def finish(self) -> Path | None:
+        """Wait until the save that was begun is complete on all ranks, and thin out the older ones.
+
+        Returns its folder, None where nothing was begun. Raises `CocomixError` on all ranks where one could not write,
+        for example on a full disk: the older checkpoints are untouched then.
+        """
+        if self._written is None:
+            return None
+        error, folder = failure(self._written), self._folder
+        self._written = self._folder = None
+        message = self._ranks.first_of(None if error is None else _in_words(error, folder))
+        if message is None:
+            if self._ranks.is_first:
+                self._thin_out()
+            return folder
+        if self._ranks.is_first:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise CocomixError(message)
+
+    def _thin_out(self) -> None:
+        """Delete all but the newest complete checkpoints, and what was begun but never finished."""
+        kept = _complete_checkpoints(self._run)[:self._keep]
+        for folder in checkpoints_folder(self._run).glob("step-*"):
+            if folder not in kept:
+                (folder / "trainer.json").unlink(missing_ok=True)  # first, so that none is ever complete and gutted
+                shutil.rmtree(folder, ignore_errors=True)
 
 
-def save_model(engine, folder: Path, ranks: Ranks, tokenizer) -> None:
-    """Write the model as a transformers folder, from the fp32 master weights (all ranks call this)."""
-    state = _full_precision_state(engine, ranks)
-    if ranks.is_first:
-        with _explain_full_disk(folder), atomic_folder(folder) as aside:
-            engine.module.save_pretrained(aside, state_dict=state)
-            tokenizer.save_pretrained(aside)
-    ranks.barrier()
+def _in_words(error: BaseException, folder: Path) -> str:
+    if isinstance(error, CocomixError):
+        return str(error)
+    return f"{folder} could not be written: {type(error).__name__}: {error}"
 
 
 def read_trainer_state(checkpoint: Path) -> dict:
-    """What `save_checkpoint` wrote into trainer.json. Raises `CocomixError` where this version cannot go on from it."""
-    state = read_json(checkpoint / "trainer.json", "the checkpoint's training state")
+    """What a save wrote into trainer.json. Raises `CocomixError` where this version cannot go on from it."""
+    state = _trainer_json(checkpoint)
     if state.get("version") != _VERSION:
         raise CocomixError(f"{checkpoint} was written by another version of cocomix: go on with that one")
     return state
@@ -139,28 +146,17 @@ def load_checkpoint(engine, checkpoint: Path, ranks: Ranks) -> None:
         load_pieces(engine, checkpoint / "state", state["save_id"], state["world_size"], state["adam_steps"], ranks)
     except CocomixError as error:  # on this rank alone
         failure = str(error)
-    if ranks.any(failure is not None):
-        raise CocomixError(f"{checkpoint} cannot be loaded: {failure or 'another rank failed'}")
+    failure = ranks.first_of(failure)
+    if failure is not None:
+        raise CocomixError(f"{checkpoint} cannot be loaded: {failure}. Move it away to go on from the one before it")
     publish_weights(engine)
     engine.global_steps, engine.skipped_steps = state["step"], state["skipped_steps"]
-    _set_schedule(engine.lr_scheduler, state["schedule_steps"])
+    set_schedule(engine.lr_scheduler, state["schedule_steps"])
 
 
-def _set_schedule(schedule, steps: int) -> None:
+def set_schedule(schedule, steps: int) -> None:
     """Go to where the schedule stands after `steps` steps; the rates come from the config, not from the checkpoint."""
     rates = [peak * factor(steps) for peak, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     schedule.last_epoch, schedule._last_lr = steps, rates
-
-
-def _full_precision_state(engine, ranks: Ranks) -> dict:
-    """The fp32 weights by name, gathered one by one, on the first rank; the others keep nothing."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    state = {}
-    for name, parameter in engine.module.named_parameters():
-        full = safe_get_full_fp32_param(parameter)
-        if ranks.is_first:
-            state[name] = (parameter.detach() if full is None else full).float().cpu().contiguous()
-    return state

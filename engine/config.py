@@ -107,6 +107,9 @@ class TrainConfig:
     eval_windows: int = 0  # validation windows an evaluation reads; 0: all
     save_every: int = 500
     keep_checkpoints: int = 2
+    continue_after_failed_save: bool = False  # a full disk: go on without that checkpoint instead of stopping
+    max_skipped_steps: int = 10  # steps in a row whose loss or gradient is not finite: so many end the run
+    spike_deviations: float = 6.0  # a loss so many standard deviations above its running mean is logged; 0: none
     tensorboard: bool = True
     wandb_project: str | None = None  # log to Weights & Biases as well
     timeout_minutes: float = 10.0  # a collective that waits longer ends the run
@@ -215,12 +218,12 @@ _POSITIVE = (
     "teacher.label_topk", "sae.n_latents", "sae.k", "sae.tokens", "sae.batch_tokens", "sae.lr",
     "sae.dead_after_tokens", "labels.shard_windows", "train.tokens", "train.global_batch", "train.micro_batch",
     "train.lr", "train.eps", "train.grad_clip", "train.log_every", "train.eval_every", "train.save_every",
-    "train.keep_checkpoints", "train.timeout_minutes",
+    "train.keep_checkpoints", "train.max_skipped_steps", "train.timeout_minutes",
 )
 _NOT_NEGATIVE = (
     "data.max_tokens",
     "model.concept_loss_weight", "teacher.layer", "sae.warmup_steps", "sae.aux_k", "sae.aux_weight",
-    "train.warmup_steps", "train.weight_decay", "train.eval_windows",
+    "train.warmup_steps", "train.weight_decay", "train.eval_windows", "train.spike_deviations",
 )
 
 

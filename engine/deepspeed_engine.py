@@ -132,4 +132,4 @@ def _compile_blocks(model, zero_stage: int) -> None:
         set_z3_leaf_modules(model, [type(blocks[0])])
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _BLOCK_VARIANTS)
     for block in blocks:
-        block.forward = torch.compile(block.forward)
+        block.forward = torch.compile(block.forward, dynamic=False)  # a graph for T positions and one for 2T

@@ -50,19 +50,18 @@ def evaluate_checkpoint(checkpoint, data=None, seq_len: int | None = None, batch
     `checkpoint` is a transformers folder, a checkpoint or a run; `data` a folder of token files, by default the one
     that the run was trained on. Raises `CocomixError` where model, data and window length do not fit.
     """
-    from cocomix.checkpoint import model_folder
     from cocomix.data import TokenFiles
     from cocomix.distributed import own_device
+    from cocomix.export import description_folder, find_model, load_model
     from cocomix.labels import require_vocabulary
-    from cocomix.teacher import load_language_model
 
     if batch < 1 or windows < 0:
         raise CocomixError(f"--batch is {batch} and --windows {windows}: expected at least 1 and at least 0 (all)")
     device = own_device()
-    folder = model_folder(checkpoint)
+    folder = find_model(checkpoint)
     tokens = TokenFiles.open(data or _data_of_run(checkpoint))
-    _require_tokenizer(folder, tokens)
-    model = load_language_model(folder).to(device)
+    _require_tokenizer(description_folder(folder), tokens)
+    model = load_model(folder).to(device)
     require_vocabulary(model, tokens)
     context = model.config.max_position_embeddings
     seq_len = context if seq_len is None else seq_len

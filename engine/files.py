@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 from cocomix.errors import CocomixError
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# How safetensors and tokenizers say it, which raise no OSError.
+_FULL_DISK_IN_RUST = re.compile(rf"os error ({'|'.join(map(str, _FULL_DISK))})\b")
 
 
 @contextlib.contextmanager
@@ -19,13 +22,21 @@ def explain_full_disk(path):
     """Turn "no space left on device" inside the block into a `CocomixError` that names `path`."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in _FULL_DISK:
+    except CocomixError:
+        raise
+    except Exception as error:  # the exceptions of libraries that write files have no common base
+        if not _means_full_disk(error):
             raise
         raise CocomixError(
             f"no room on disk while writing {path}: free some space there or choose another folder, then run "
             "the same command again; what was complete before is untouched"
         ) from error
+
+
+def _means_full_disk(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in _FULL_DISK
+    return _FULL_DISK_IN_RUST.search(str(error)) is not None
 
 
 def require_space(path, n_bytes: int) -> None:
@@ -65,25 +76,34 @@ def _make_room_aside(path: Path) -> Path:
 
 
 @contextlib.contextmanager
+def atomic_path(path):
+    """Yield a name beside `path`; the file that the block writes there takes the name `path` when the block ends
+    without an exception. Raises `CocomixError` as `atomic_write` does."""
+    path = Path(path)
+    with _explain_refusal(path):
+        aside = _make_room_aside(path)
+    try:
+        with explain_full_disk(path):
+            yield aside
+            sync_to_disk(aside)
+        with _explain_refusal(path):
+            os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def atomic_write(path, mode: str = "wb"):
     """Open a file that appears under `path` only when the block ends without an exception.
 
     `mode` is "wb" or "w" (UTF-8). Raises `CocomixError` when the disk is full or the place cannot be written;
     whatever goes wrong, no partial file stays behind.
     """
-    path = Path(path)
-    with _explain_refusal(path):
-        aside = _make_room_aside(path)
-        file = open(aside, mode, encoding=None if "b" in mode else "utf-8")  # noqa: SIM115  closed below
-    try:
-        with explain_full_disk(path), file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+    with atomic_path(path) as aside:
         with _explain_refusal(path):
-            os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+            file = open(aside, mode, encoding=None if "b" in mode else "utf-8")  # noqa: SIM115  closed below
+        with file:
+            yield file
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ class MetricsLog:
     """metrics.jsonl of a run folder, mirrored to TensorBoard and Weights & Biases.
 
     Opening drops the lines after step `from_step` (what a resumed run will write again). Every line is one JSON
-    object with `kind` ("train", "eval" or "summary"), `step` and `tokens`.
+    object with `kind` ("train", "eval", "event" or "summary"), `step` and `tokens`.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, from_step: int, settings: dict):
@@ -48,6 +48,13 @@ class MetricsLog:
                     self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log({**numbers, "tokens": tokens}, step=step)
+
+    def event(self, event: str, step: int, tokens: int, **values) -> None:
+        """Append a line about a single step that was out of the ordinary."""
+        with explain_full_disk(self._path):
+            record = {"kind": "event", "event": event, "step": step, "tokens": tokens, **values}
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
 
     def step_times(self) -> list[float]:
         """Seconds a step, one figure for each training line of the whole run, resumed parts included."""

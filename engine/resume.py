@@ -1,7 +1,10 @@
 """What may change between the parts of one run, and what would make it another run."""
 
 import dataclasses
+import hashlib
+from pathlib import Path
 
+from cocomix import kernels
 from cocomix.config import Config
 from cocomix.errors import CocomixError
 
@@ -13,6 +16,7 @@ MAY_CHANGE = (
     "train.zero_stage", "train.offload_optimizer", "train.activation_checkpointing", "train.compile",
     "train.attention_backend",
     "train.log_every", "train.eval_every", "train.eval_windows", "train.save_every", "train.keep_checkpoints",
+    "train.continue_after_failed_save", "train.max_skipped_steps", "train.spike_deviations",
     "train.tensorboard", "train.wandb_project", "train.timeout_minutes", "deepspeed",
     "train.tokens", "train.lr", "train.min_lr_ratio", "train.warmup_steps", "train.grad_clip",
 )
@@ -27,6 +31,16 @@ def settings(config: Config) -> dict:
         else:
             flat |= {f"{section}.{key}": inner for key, inner in value.items()}
     return flat
+
+
+def code_fingerprint() -> str:
+    """SHA-256 over this package's own source files, hexadecimal."""
+    folder, digest = Path(__file__).parent, hashlib.sha256()
+    for root in (folder, Path(kernels.__file__).parent):
+        for file in sorted(root.rglob("*.py")):
+            digest.update(file.relative_to(root).as_posix().encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def require_same_run(stored: dict, now: dict, checkpoint) -> list[str]:

@@ -1,31 +1,37 @@
 """Pretraining with DeepSpeed ZeRO: tokens and concept labels in, metrics, checkpoints and a model out."""
 
+import copy
 import dataclasses
 import functools
 import importlib.metadata
 import math
 import signal
 import statistics
+import sys
 import time
 from pathlib import Path
 
 import torch
-from torch.nn.utils import get_total_norm
-from torch.utils.data import DataLoader
+from tqdm import tqdm
 
-from cocomix.checkpoint import latest_checkpoint, load_checkpoint, read_trainer_state, save_checkpoint, save_model
+from cocomix.checkpoint import CheckpointWriter, latest_checkpoint, load_checkpoint, read_trainer_state
 from cocomix.config import Config
-from cocomix.data import MicroBatchSampler, TokenFiles, WindowDataset, WindowOrder
+from cocomix.data import TokenFiles, WindowOrder, step_windows
 from cocomix.deepspeed_engine import build_engine
-from cocomix.distributed import Ranks, process_group, rank_and_world
+from cocomix.distributed import Ranks, limit_waiting, process_group, rank_and_world
 from cocomix.errors import CocomixError
 from cocomix.evaluate import perplexity, validation_loss
-from cocomix.files import read_json, write_json
+from cocomix.export import export_checkpoint
+from cocomix.files import atomic_folder, write_json
 from cocomix.labels import LabelSource
+from cocomix.loss_watch import LossWatch
 from cocomix.metrics import MetricsLog, peak_memory_gib, progress_bar
-from cocomix.resume import require_same_run, settings
+from cocomix.rank_failures import failures_named, require_agreement
+from cocomix.resume import code_fingerprint, require_same_run, settings
+from cocomix.train_step import TrainStep, build_student, training_batches
 
 EXIT_RESUME = 75  # the run was interrupted and saved: start it again with --resume (EX_TEMPFAIL of sysexits.h)
+
 
 def train(config: Config, resume: bool = False) -> int:
     """`cocomix train`: pretrain, and return the exit code (0, or `EXIT_RESUME` when interrupted).
@@ -40,7 +46,7 @@ def train(config: Config, resume: bool = False) -> int:
         return 0
     if not resume and latest_checkpoint(run) is not None:
         raise CocomixError(f"{run} already holds a run: pass --resume to go on with it, or set another train.run")
-    with process_group(config.train.timeout_minutes) as ranks:
+    with process_group(config.train.timeout_minutes) as ranks, failures_named(ranks):
         trainer = Trainer(config, ranks)
         try:
             return trainer.fit()
@@ -52,7 +58,7 @@ def _finished(run: Path, config: Config) -> bool:
     latest = latest_checkpoint(run)
     if latest is None or not (run / "model" / "config.json").exists():
         return False
-    return read_json(latest / "trainer.json", "the checkpoint's training state")["step"] >= config.total_steps
+    return read_trainer_state(latest)["step"] >= config.total_steps
 
 
 class Trainer:
@@ -66,21 +72,16 @@ class Trainer:
         self.val_split.n_windows(config.data.seq_len)
         self.labels = LabelSource(config, self.tokens, ranks.device)
         self.tokenizer = self.tokens.tokenizer()
-        self.step, self.elapsed_s = 0, 0.0
+        require_agreement(ranks, self._identity() | {"the code": code_fingerprint()})
+        self.step, self.elapsed_s, self.saved_step = 0, 0.0, None
         self.log = self.validation_loss = self.stop_signal = None
-        self.lr = self.grad_norm = math.nan  # of the last step
-        model = self._build_model()
+        model = build_student(config, self.tokens.vocab_size, self.tokens.eot_id)
         self.n_parameters = sum(p.numel() for p in model.parameters())  # now: at stage 3 they become empty
         self.engine = build_engine(model, config, ranks.device, ranks.world)
-
-    def _build_model(self):
-        from cocomix.model import CoCoMixConfig, CoCoMixForCausalLM
-
-        torch.manual_seed(self.config.train.seed)
-        return CoCoMixForCausalLM(CoCoMixConfig(
-            **dataclasses.asdict(self.config.model), vocab_size=self.tokens.vocab_size,
-            n_positions=self.config.data.seq_len, bos_token_id=self.tokens.eot_id, eos_token_id=self.tokens.eot_id,
-        ))
+        limit_waiting(config.train.timeout_minutes)
+        self.train_step = TrainStep(self.engine, self.labels, ranks)
+        self.watch = LossWatch(config.train.spike_deviations, config.train.max_skipped_steps)
+        self.saves = CheckpointWriter(self.run, config.train.keep_checkpoints, self._describe_model, ranks)
 
     def _open_log(self) -> MetricsLog | None:
         if not self.ranks.is_first:
@@ -116,31 +117,46 @@ class Trainer:
         """Train to the end or to an interrupt; returns the exit code."""
         self._resume()
         self.log = self._open_log()
-        total, train = self.config.total_steps, self.config.train
-        batches = self._batches()
+        total = self.config.total_steps
+        labels = None if self.labels.cache is None else self.labels
+        batches = training_batches(self.config, self.train_split, labels, self.ranks, self.step)
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         bar = progress_bar(self.run.name, total, self.step, self.ranks.is_first)
-        interval = _Interval()
+        interval, stop = _Interval(), False
         try:
-            while self.step < total:
-                interval.add(self._train_step(batches))
+            while self.step < total and not stop:
+                interval.add(self.train_step(batches), self.train_step.was_skipped)
                 self.step += 1
                 bar.update()
-                stop = self._must_stop()
-                save = stop or self.step % train.save_every == 0 or self.step == total
-                if save or self.step % train.log_every == 0:  # a save too, since this refuses what is not finite
-                    self._log_interval(interval, bar)
-                if self.step % train.eval_every == 0 or self.step == total:
-                    interval.pause(self._evaluate)
-                if save:
-                    interval.pause(self._save)
-                if stop:
-                    break
+                stop = self._after_step(interval, bar)
+            self._finish_save()
         finally:
             bar.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
         return self._finish() if self.step >= total else self._interrupted()
+
+    def _after_step(self, interval, bar) -> bool:
+        """Log, evaluate and save where it is time to; whether to stop."""
+        total, train = self.config.total_steps, self.config.train
+        diverged = self.watch.count(self.train_step.was_skipped)
+        stop, save_failed = self._agree_on(self.stop_signal is not None, self.saves.has_failed)
+        save = stop or self.step == total or (self.step % train.save_every == 0 and not self.train_step.was_skipped)
+        if save or diverged or self.step % train.log_every == 0:  # a save too: it holds the running averages
+            self._log_interval(interval, bar)
+        if diverged:
+            raise CocomixError(
+                f"training has diverged at step {self.step}: in {self.watch.skipped_in_a_row} steps in a row the loss "
+                f"or its gradient was not finite; the last one read {self._where(self.step)}. Lower train.lr or raise "
+                "train.warmup_steps, then resume from the last checkpoint"
+            )
+        if self.step % train.eval_every == 0 or self.step == total:
+            interval.pause(self._evaluate)
+        if save_failed:
+            self._finish_save()
+        if save:
+            interval.pause(self._save)
+        return stop
 
     def _resume(self) -> None:
         checkpoint = latest_checkpoint(self.run)
@@ -149,7 +165,8 @@ class Trainer:
         state = read_trainer_state(checkpoint)
         changes = require_same_run(state["identity"], self._identity(), checkpoint)
         load_checkpoint(self.engine, checkpoint, self.ranks)
-        self.step, self.elapsed_s = state["step"], state["elapsed_s"]
+        self.step, self.elapsed_s, self.saved_step = state["step"], state["elapsed_s"], state["step"]
+        self.watch.restore(state["loss_watch"])
         if self.ranks.is_first and changes:
             print(f"{self.run} goes on after step {self.step} with changes: {'; '.join(changes)}")
 
@@ -170,79 +187,51 @@ class Trainer:
             self.log.close()
         self.engine.destroy()
 
-    def _batches(self):
-        config = self.config
-        labels = None if self.labels.cache is None else self.labels
-        dataset = WindowDataset(self.train_split, config.data.seq_len, labels)
-        sampler = MicroBatchSampler(
-            WindowOrder(len(dataset), config.train.seed), config.train.global_batch, config.train.micro_batch,
-            self.ranks.rank, self.ranks.world, self.step, config.total_steps,
-        )
-        return iter(DataLoader(
-            dataset, batch_sampler=sampler, pin_memory=self.ranks.device.type == "cuda",
-            generator=torch.Generator(),  # making another loader on resume must not draw from the common one
-        ))
-
-    def _train_step(self, batches) -> dict[str, torch.Tensor]:
-        """One optimizer step; returns the sums of the losses over this rank's micro batches."""
-        rounds = self.engine.gradient_accumulation_steps()
-        micro_batches = [
-            {name: tensor.to(self.ranks.device, non_blocking=True) for name, tensor in next(batches).items()}
-            for _ in range(rounds)
-        ]
-        for batch in micro_batches:
-            self.labels.add_to(batch)
-        share = self._labelled_tokens(micro_batches) / (rounds * self.ranks.world)
-        self.lr = self.engine.get_lr()[0]
-        sums = {}
-        for batch in micro_batches:
-            out = self.engine(**batch, labels=batch["input_ids"], concept_token_count=share)
-            self.engine.backward(out.loss)
-            if not self.engine.zero_optimization():  # where DeepSpeed itself keeps no norm
-                self.grad_norm = get_total_norm(p.grad for p in self.engine.module.parameters() if p.grad is not None)
-            self.engine.step()
-            for name in ("loss", "ntp_loss", "concept_loss"):
-                if getattr(out, name) is not None:
-                    sums[name] = sums.get(name, 0) + getattr(out, name).detach()
-        return sums
-
-    def _labelled_tokens(self, micro_batches) -> torch.Tensor:
-        """Tokens with a label in the whole global batch: what the concept loss of each micro batch is divided by, so
-        that any split into ranks and rounds gives the same gradient."""
-        count = torch.zeros((), device=self.ranks.device)
-        if self.labels.kind is None:
-            return count
-        for batch in micro_batches:
-            count += (batch["concept_labels"] >= 0).any(-1).sum()
-        return self.ranks.sum(count).clamp(min=1)
-
     def _log_interval(self, interval, bar) -> None:
-        names = sorted(interval.sums)
-        sums = torch.stack([interval.sums[name].double() for name in names])
-        count = interval.steps * self.engine.gradient_accumulation_steps() * self.ranks.world
-        losses = dict(zip(names, (self.ranks.sum(sums) / count).tolist(), strict=True))
+        names = sorted(interval.losses[0])
+        sums = torch.stack([torch.stack([losses[name].double() for name in names]) for losses in interval.losses])
+        count = self.engine.gradient_accumulation_steps() * self.ranks.world
+        steps = (self.ranks.sum(sums) / count).tolist()  # losses by step and name
         seconds = interval.close()  # after the host has waited for the losses
-        step_time = seconds / interval.steps
         self.elapsed_s += seconds
+        step_time, tokens_per_step = seconds / len(steps), self.config.tokens_per_step
+        taken = [losses for losses, skipped in zip(steps, interval.skipped, strict=True) if not skipped]
+        self._report_events(steps, names.index("loss"), interval.skipped)
         interval.reset()
-        if self.engine.zero_optimization():
-            self.grad_norm = self.engine.get_global_grad_norm()
-        grad_norm = float(self.grad_norm)
-        if not math.isfinite(losses["loss"] + grad_norm) or self.engine.skipped_steps:
-            raise CocomixError(
-                f"training has diverged at step {self.step}: the loss is {losses['loss']:.4g}, the gradient's norm "
-                f"{grad_norm:.4g}. Lower train.lr or raise train.warmup_steps, then resume from the last checkpoint"
-            )
-        if self.log is None:
+        if self.log is None or not taken:
             return
+        losses = {name: statistics.fmean(step[i] for step in taken) for i, name in enumerate(names)}
         self.log.write(
-            "train", self.step, self.step * self.config.tokens_per_step, **losses,
-            **({} if "concept_loss" in losses else {"concept_loss": None}), lr=self.lr, grad_norm=grad_norm,
-            step_time_s=step_time, tokens_per_s=self.config.tokens_per_step / step_time,
+            "train", self.step, self.step * tokens_per_step, **losses,
+            **({} if "concept_loss" in losses else {"concept_loss": None}), lr=self.train_step.lr,
+            grad_norm=float(self.train_step.grad_norm), skipped_steps=self.engine.skipped_steps,
+            step_time_s=step_time, tokens_per_s=tokens_per_step / step_time,
             peak_memory_gib=peak_memory_gib(self.ranks.device), elapsed_s=self.elapsed_s,
         )
-        bar.set_postfix_str(
-            f"loss {losses['loss']:.3f}, {self.config.tokens_per_step / step_time:,.0f} tok/s", refresh=False)
+        bar.set_postfix_str(f"loss {losses['loss']:.3f}, {tokens_per_step / step_time:,.0f} tok/s", refresh=False)
+
+    def _report_events(self, steps, loss, skipped) -> None:
+        """Pass the steps of an interval to the watch; say which were skipped or had a spike, and what they read."""
+        first = self.step - len(steps) + 1
+        for step, losses, was_skipped in zip(range(first, self.step + 1), steps, skipped, strict=True):
+            spike = not was_skipped and self.watch.is_spike(losses[loss])
+            if self.log is None or not (spike or was_skipped):
+                continue
+            what = "loss spike" if spike else "skipped: the loss or its gradient is not finite"
+            value = losses[loss] if math.isfinite(losses[loss]) else None
+            tqdm.write(f"step {step}: {what} (loss {losses[loss]:.4g}); it read {self._where(step)}", file=sys.stderr)
+            self.log.event("spike" if spike else "skipped", step, step * self.config.tokens_per_step, loss=value,
+                           windows=self._windows(step).tolist())
+
+    def _windows(self, step: int):
+        order = WindowOrder(self.train_split.n_windows(self.config.data.seq_len), self.config.train.seed)
+        return step_windows(order, step - 1, self.config.train.global_batch)
+
+    def _where(self, step: int) -> str:
+        """The batch of a step, in words."""
+        windows = self._windows(step)
+        more = f" and {len(windows) - 4} more (all are in metrics.jsonl)" if len(windows) > 4 else ""
+        return f"windows {', '.join(map(str, windows[:4]))}{more} of {self.config.data.folder}/train.bin"
 
     def _evaluate(self) -> None:
         config = self.config
@@ -258,15 +247,38 @@ class Trainer:
                            perplexity=perplexity(self.validation_loss), elapsed_s=self.elapsed_s)
 
     def _save(self) -> None:
-        save_checkpoint(
-            self.engine, self.run, self.step, {"elapsed_s": self.elapsed_s, "identity": self._identity()}, self.ranks,
-            self.config.train.keep_checkpoints, self.tokenizer,
-        )
+        if self.saved_step == self.step:
+            return
+        self._finish_save()
+        self.saves.begin(self.engine, self.step, {
+            "elapsed_s": self.elapsed_s, "identity": self._identity(), "loss_watch": self.watch.state()})
+        self.saved_step = self.step
+
+    def _finish_save(self) -> None:
+        """Wait for the last save; where it failed, stop or go on as the config says."""
+        try:
+            self.saves.finish()
+        except CocomixError as error:
+            if not self.config.train.continue_after_failed_save:
+                raise
+            self.saved_step = None
+            if self.ranks.is_first:
+                tqdm.write(f"step {self.step}: a save failed and training goes on without it: {error}", file=sys.stderr)
+
+    def _describe_model(self, folder: Path) -> None:
+        model = self.engine.module
+        with atomic_folder(folder) as aside:
+            config = copy.deepcopy(model.config)
+            config.architectures = [type(model).__name__]
+            config.save_pretrained(aside)
+            model.generation_config.save_pretrained(aside)
+            self.tokenizer.save_pretrained(aside)
 
     def _finish(self) -> int:
         if self.validation_loss is None:  # interrupted between the last checkpoint and here
             self._evaluate()
-        save_model(self.engine, self.run / "model", self.ranks, self.tokenizer)
+        if self.ranks.is_first:
+            export_checkpoint(latest_checkpoint(self.run), self.run / "model")
         if self.log is None:
             return 0
         loss = self.validation_loss
@@ -287,11 +299,13 @@ class Trainer:
             raise KeyboardInterrupt
         self.stop_signal = number
 
-    def _must_stop(self) -> bool:
-        """Whether any rank was told to stop. Ranks agree on logging steps only, so that no other step waits."""
-        if self.ranks.world > 1 and self.step % self.config.train.log_every:
-            return False
-        return self.ranks.any(self.stop_signal is not None)
+    def _agree_on(self, *flags: bool) -> list[bool]:
+        """For each flag whether any rank has set it. Ranks agree on logging steps only, so that no other step waits."""
+        if self.ranks.world == 1:
+            return list(flags)
+        if self.step % self.config.train.log_every:
+            return [False] * len(flags)
+        return self.ranks.sum(torch.tensor(flags, dtype=torch.float32, device=self.ranks.device)).bool().tolist()
 
     def _interrupted(self) -> int:
         if self.ranks.is_first:
@@ -306,12 +320,11 @@ class _Interval:
         self.reset()
 
     def reset(self):
-        self.sums, self.steps, self._start, self._paused = {}, 0, time.perf_counter(), 0.0
+        self.losses, self.skipped, self._start, self._paused = [], [], time.perf_counter(), 0.0
 
-    def add(self, sums):
-        for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0) + value
-        self.steps += 1
+    def add(self, losses, was_skipped):
+        self.losses.append(losses)
+        self.skipped.append(was_skipped)
 
     def pause(self, work):
         start = time.perf_counter()

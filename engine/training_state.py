@@ -17,7 +17,6 @@ import torch
 
 from cocomix.distributed import Ranks
 from cocomix.errors import CocomixError
-from cocomix.files import sync_to_disk
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _RANDOM = "random"  # no parameter's name: those have a dot
@@ -85,10 +84,8 @@ def _adam_state(optimizer, flat: torch.Tensor) -> dict[str, torch.Tensor]:
     return state
 
 
-def save_pieces(engine, folder: Path, save_id: str, ranks: Ranks) -> None:
-    """Write this rank's file; all ranks must do so. Raises what safetensors and the file system raise."""
-    from safetensors.torch import save_file
-
+def state_to_save(engine, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """What this rank's file holds, as views of the living tensors; all ranks must write theirs."""
     tensors = {f"{_RANDOM}/{name}": state for name, state in _random_states(ranks.device).items()}
     for piece in held_pieces(engine):
         if engine.zero_optimization_stage() == 0:
@@ -96,10 +93,7 @@ def save_pieces(engine, folder: Path, save_id: str, ranks: Ranks) -> None:
         for kind, tensor in piece.tensors.items():
             if tensor.numel():
                 tensors[f"{piece.name}/{kind}/{piece.start}"] = tensor.contiguous()
-    path = folder / _file_name(ranks.rank, ranks.world)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata={"save_id": save_id})
-    sync_to_disk(path)
+    return tensors
 
 
 def _share(piece: Piece, ranks: Ranks) -> Piece:
@@ -108,7 +102,8 @@ def _share(piece: Piece, ranks: Ranks) -> Piece:
     return Piece(piece.name, first, {kind: tensor[first:last] for kind, tensor in piece.tensors.items()})
 
 
-def _file_name(rank: int, world: int) -> str:
+def state_file_name(rank: int, world: int) -> str:
+    """The name of one rank's file in the folder of a state."""
     return f"rank-{rank:05d}-of-{world:05d}.safetensors"
 
 
@@ -130,14 +125,14 @@ def load_pieces(engine, folder: Path, save_id: str, saved_world: int, steps: int
     for rank in ((first + i) % saved_world for i in range(saved_world)):
         if not any(gap.left for gap in missing.values()):
             break
-        _fill_from(folder / _file_name(rank, saved_world), save_id, missing)
+        _fill_from(folder / state_file_name(rank, saved_world), save_id, missing)
     incomplete = sorted({name for (name, _), gap in missing.items() if gap.left})
     if incomplete:
         raise CocomixError(f"the files in {folder} lack parts of {', '.join(incomplete[:3])}")
     for state in engine.basic_optimizer.state.values():
         state["step"].fill_(steps)
     if ranks.rank < saved_world:
-        _restore_random_states(folder / _file_name(ranks.rank, saved_world), ranks.device)
+        _restore_random_states(folder / state_file_name(ranks.rank, saved_world), ranks.device)
 
 
 class _Missing:
@@ -153,6 +148,23 @@ class _Missing:
         if first < last:
             self.tensor[first - self.start:last - self.start].copy_(stored[first - start:last - start])
             self.left -= last - first
+
+
+def read_weights(folder: Path, save_id: str, saved_world: int) -> dict[str, torch.Tensor]:
+    """The fp32 weights by parameter name, flat, from the files of all ranks that wrote them, without an engine.
+
+    Raises `CocomixError` for a file that is missing, damaged or of another save.
+    """
+    pieces = {}
+    for rank in range(saved_world):
+        with _open(folder / state_file_name(rank, saved_world), save_id) as file:
+            for key in file.keys():
+                if key.startswith(f"{_RANDOM}/"):
+                    continue
+                name, kind, start = key.rsplit("/", 2)
+                if kind == "master":
+                    pieces.setdefault(name, {})[int(start)] = file.get_tensor(key)
+    return {name: torch.cat([parts[start] for start in sorted(parts)]) for name, parts in pieces.items()}
 
 
 def _fill_from(path: Path, save_id: str, missing: dict[tuple[str, str], _Missing]) -> None:

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from cocomix.labels import LabelCache, data_fingerprints
 from cocomix.labels import run as make_labels
 from cocomix.model import CoCoMixConfig, CoCoMixForCausalLM
 from cocomix.sae import SparseAutoencoder
+from cocomix.train_step import TrainStep
 
 SEQ_LEN, LATENTS, LABEL_TOPK, STEPS = 16, 64, 3, 12
 TORCHRUN = ("torchrun", "--nproc-per-node", "2", "-m")
@@ -121,8 +123,9 @@ class World:
         """A copy of a finished run as it was when it had just saved `step`; its name."""
         shutil.copytree(self.folder / run, self.folder / copy)
         shutil.rmtree(self.folder / copy / "model")
-        pointer = {"step": step, "folder": f"step-{step:08d}"}
-        (self.folder / copy / "checkpoints/latest.json").write_text(json.dumps(pointer))
+        for folder in (self.folder / copy / "checkpoints").iterdir():
+            if folder.name > f"step-{step:08d}":
+                shutil.rmtree(folder)
         return copy
 
     def command(self, run: str, *overrides: str, launcher=()) -> list[str]:
@@ -166,6 +169,22 @@ class World:
         return set(self.folder.rglob("*"))
 
 
+def before_steps(monkeypatch, work) -> None:
+    """Call `work(train_step)` before each optimizer step."""
+    step = TrainStep.__call__
+    monkeypatch.setattr(TrainStep, "__call__", lambda self, batches: (work(self), step(self, batches))[1])
+
+
+def stop_at(monkeypatch, step: int, times: int = 1) -> None:
+    """SIGTERM to this process in 1-based `step`."""
+    def interrupt(train_step):
+        if train_step.engine.global_steps + 1 == step:
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    before_steps(monkeypatch, interrupt)
+
+
 def last_step(run: Path) -> int:
     """The last step that a living run has logged, 0 before the first."""
     try:
@@ -205,8 +224,9 @@ def labelled_world(folder: Path) -> World:
     return world
 
 
-def reference_run(world, *overrides):
-    """The method in plain PyTorch: whole global batches, AdamW, clipping, warm-up and cosine.
+def reference_run(world, *overrides, skipped=()):
+    """The method in plain PyTorch: whole global batches, AdamW, clipping, warm-up and cosine; 1-based steps that are
+    `skipped` update nothing.
 
     Returns losses, learning rates and gradient norms by step, and the weights.
     """
@@ -231,7 +251,8 @@ def reference_run(world, *overrides):
         cosine = 0.5 * (1 + math.cos(math.pi * (step - 3) / (STEPS - 3)))
         rates.append(train.lr * ((step + 1) / 3 if step < 3 else 0.1 + 0.9 * cosine))
         optimizer.param_groups[0]["lr"] = rates[-1]
-        optimizer.step()
+        if step + 1 not in skipped:
+            optimizer.step()
         losses.append(loss.item())
     return losses, rates, norms, model.state_dict()
 

@@ -1,21 +1,21 @@
 import errno
 import json
-import os
 import shutil
 import signal
-from types import SimpleNamespace
+import threading
 
 import pytest
+import safetensors.torch
 import torch
-from run_helpers import STEPS, World, assert_close_weights, assert_equal_runs
+from run_helpers import STEPS, World, assert_close_weights, assert_equal_runs, before_steps, stop_at
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from cocomix.checkpoint import latest_checkpoint, model_folder, save_checkpoint
-from cocomix.distributed import Ranks
+from cocomix import background_write
+from cocomix.checkpoint import latest_checkpoint
 from cocomix.errors import CocomixError
+from cocomix.export import find_model, load_model
 from cocomix.files import explain_full_disk
-from cocomix.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -23,26 +23,15 @@ def world(tmp_path_factory):
     world = World(tmp_path_factory.mktemp("world"))
     world.add_uneven_labels("labels")
     assert world.train("whole", *settings(world)) == 0
+    assert world.train("all", *settings(world), "train.keep_checkpoints=3") == 0
     with pytest.MonkeyPatch.context() as patch:
-        stop_after(patch, 8)
+        stop_at(patch, 8)
         assert world.train("half", *settings(world)) == 75
     return world
 
 
 def settings(world, *more):
     return [f"labels.cache={world.folder}/labels", "teacher.model=null", "teacher.sae=null", *more]
-
-
-def stop_after(monkeypatch, step):
-    """SIGTERM to this process in 1-based `step`."""
-    train_step = Trainer._train_step
-
-    def interrupted(self, batches):
-        if self.step + 1 == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(self, batches)
-
-    monkeypatch.setattr(Trainer, "_train_step", interrupted)
 
 
 @pytest.fixture
@@ -75,7 +64,6 @@ def refused(world, capsys, run, *overrides):
 def test_the_newest_checkpoints_are_kept(world):
     assert steps(world, "whole") == [8, 12]  # keep_checkpoints is 2
     assert latest_checkpoint(world.folder / "whole").name == "step-00000012"
-    assert json.loads((world.folder / "whole/checkpoints/latest.json").read_text())["step"] == 12
     assert world.train("one", *settings(world), "train.keep_checkpoints=1") == 0
     assert steps(world, "one") == [12]
 
@@ -84,54 +72,91 @@ def test_a_run_without_checkpoints_has_no_latest_one(tmp_path):
     assert latest_checkpoint(tmp_path / "nowhere") is None
 
 
-def test_a_checkpoint_that_latest_does_not_name_is_never_used(world, half):
+@pytest.mark.parametrize("missing", ["trainer.json", "state/rank-00001-of-00002.safetensors", "state"])
+def test_a_checkpoint_is_complete_with_its_description_and_the_files_of_all_ranks(tmp_path, missing):
+    for step in (4, 8):
+        state = tmp_path / f"checkpoints/step-0000000{step}/state"
+        state.mkdir(parents=True)
+        (state.parent / "trainer.json").write_text('{"world_size": 2}')
+        for rank in range(2):
+            (state / f"rank-0000{rank}-of-00002.safetensors").touch()
+        (state / ".rank-00001-of-00002.safetensors.abc.1.part").touch()
+    assert latest_checkpoint(tmp_path).name == "step-00000008"
+    gone = tmp_path / "checkpoints/step-00000008" / missing
+    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    assert latest_checkpoint(tmp_path).name == "step-00000004"
+
+
+def test_a_half_written_checkpoint_is_never_used_and_cleared_away(world, half, monkeypatch):
     folder = world.folder / half / "checkpoints"
-    (folder / "step-00000010/state").mkdir(parents=True)  # killed in mid-write
-    shutil.copytree(folder / "step-00000008", folder / "step-00000011")  # whole, but killed before it was named
-    assert latest_checkpoint(folder.parent).name == "step-00000008"
+    for step in (9, 11, 12, 40):
+        (folder / f"step-000000{step:02}/state").mkdir(parents=True)  # killed in mid-write
+    with monkeypatch.context() as patch:
+        stop_at(patch, 10)
+        assert world.train(half, *settings(world), "train.keep_checkpoints=1", resume=True) == 75
+    assert steps(world, half) == [10]
     assert world.train(half, *settings(world), resume=True) == 0
     assert_equal_runs(world, "whole", half)
 
 
-def test_leftovers_of_a_killed_save_do_not_push_out_complete_checkpoints(world, half, monkeypatch):
-    folder = world.folder / half / "checkpoints"
-    for step in (11, 12, 40):
-        (folder / f"step-000000{step}/state").mkdir(parents=True)
+def test_a_checkpoint_being_thinned_out_is_never_complete_without_its_model(world, half, monkeypatch):
+    monkeypatch.setattr("cocomix.checkpoint.shutil.rmtree", lambda *_, **__: None)  # killed in mid-removal
+    assert world.train(half, *settings(world), resume=True) == 0
+    older = world.folder / half / "checkpoints/step-00000004"
+    assert older.is_dir() and not (older / "trainer.json").exists()
+
+
+def test_a_state_is_saved_once(world, half, monkeypatch):
+    """A signal right after a periodic save, or a resume that has nothing left to do, writes nothing again."""
+    file = world.folder / half / "checkpoints/step-00000008/trainer.json"
+    before = file.stat().st_mtime_ns
     with monkeypatch.context() as patch:
-        stop_after(patch, 10)
-        assert world.train(half, *settings(world), "train.keep_checkpoints=1", resume=True) == 75
-    assert steps(world, half) == [10]
-    assert latest_checkpoint(folder.parent).name == "step-00000010"
+        stop_at(patch, 12)
+        assert world.train(half, *settings(world), resume=True) == 0
+    assert steps(world, half) == [8, 12] and file.stat().st_mtime_ns == before
 
 
-def test_a_vanished_or_unreadable_latest_checkpoint_is_named(world, half, capsys):
-    folder = world.folder / half / "checkpoints"
-    (folder / "step-00000008/trainer.json").unlink()
-    assert "names step-00000008, which is missing or incomplete" in refused(world, capsys, half)
-    (folder / "latest.json").write_text('{"step": 8}')
-    assert "names no checkpoint" in refused(world, capsys, half)
-    (folder / "latest.json").write_text('{"step"')
-    assert "cannot be read" in refused(world, capsys, half)
+def test_what_is_saved_is_the_state_at_that_step_and_not_a_later_one(world, tmp_path, monkeypatch):
+    """The file is written while training goes on: here only after two more steps."""
+    released = threading.Event()
+    write = background_write._SafetensorsFile.write_data
+    monkeypatch.setattr(background_write._SafetensorsFile, "write_data",
+                        lambda self, plan, planner: (released.wait(60), write(self, plan, planner))[1])
+
+    def work(train_step):
+        if train_step.engine.global_steps == 6:
+            assert latest_checkpoint(world.folder / run) is None
+            released.set()
+
+    before_steps(monkeypatch, work)
+    run = f"late-{tmp_path.name}"
+    assert world.train(run, *settings(world), "train.keep_checkpoints=3") == 0
+    late, prompt = (load_file(world.folder / name / "checkpoints/step-00000004/state/rank-00000-of-00001.safetensors")
+                    for name in (run, "all"))
+    assert late.keys() == prompt.keys()
+    assert all(torch.equal(tensor, prompt[key]) for key, tensor in late.items())
 
 
-def test_model_folder_is_the_model_wherever_it_lies(world, tmp_path):
+def test_find_model_is_the_model_wherever_it_lies(world, tmp_path):
     whole, half = world.folder / "whole", world.folder / "half"
     for path in (whole, whole / "model", str(whole)):
-        assert model_folder(path) == whole / "model"
-    assert model_folder(half) == half / "checkpoints/step-00000008/model"
-    assert model_folder(half / "checkpoints/step-00000004") == half / "checkpoints/step-00000004/model"
+        assert find_model(path) == whole / "model"
+    assert find_model(half) == half / "checkpoints/step-00000008"
+    assert find_model(half / "checkpoints/step-00000004") == half / "checkpoints/step-00000004"
     with pytest.raises(CocomixError, match="holds no model"):
-        model_folder(tmp_path)
+        find_model(tmp_path)
 
 
-def test_the_model_in_a_checkpoint_is_whole_for_transformers(world):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def test_the_model_of_a_checkpoint_is_whole(world):
+    from transformers import AutoTokenizer
 
-    folder = model_folder(world.folder / "half")
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(info.values())
-    assert model.lm_head.weight is model.transformer.wte.weight
-    assert len(AutoTokenizer.from_pretrained(folder)) == model.config.vocab_size
+    checkpoint = world.folder / "whole/checkpoints/step-00000012"
+    model = load_model(checkpoint)
+    assert model.lm_head.weight is model.transformer.wte.weight and not model.training
+    state = model.state_dict()
+    for name, tensor in world.weights("whole").items():
+        assert torch.equal(state[name], tensor)
+    assert len(AutoTokenizer.from_pretrained(checkpoint / "model")) == model.config.vocab_size
 
 
 # ---------------------------------------------------------------------------------------------- what does not fit
@@ -188,14 +213,26 @@ def drop_a_piece(file):
 @pytest.mark.parametrize(("damage", "message"), [
     (truncate, "rank-00000-of-00001.safetensors is damaged: "),
     (empty, "rank-00000-of-00001.safetensors is damaged: "),
-    (os.unlink, "rank-00000-of-00001.safetensors is missing"),
     (take_from_another_save, "rank-00000-of-00001.safetensors belongs to another save"),
     (drop_a_piece, "lack parts of transformer.wte.weight"),
 ])
 def test_damaged_files_of_the_training_state_are_named(world, half, capsys, damage, message):
     damage(world.folder / half / "checkpoints/step-00000008/state/rank-00000-of-00001.safetensors")
     error = refused(world, capsys, half)
-    assert "step-00000008 cannot be loaded: " in error and message in error
+    assert "step-00000008 cannot be loaded: " in error and message in error and "Move it away" in error
+
+
+def test_a_damaged_checkpoint_that_is_moved_away_gives_way_to_the_one_before(world, half):
+    folder = world.folder / half / "checkpoints"
+    truncate(folder / "step-00000008/state/rank-00000-of-00001.safetensors")
+    shutil.move(folder / "step-00000008", folder / "damaged")
+    assert world.train(half, *settings(world), resume=True) == 0
+    assert_equal_runs(world, "whole", half)
+
+
+def test_an_unreadable_description_is_named(world, half, capsys):
+    (world.folder / half / "checkpoints/step-00000008/trainer.json").write_text('{"step"')
+    assert "step-00000008/trainer.json" in refused(world, capsys, half)
 
 
 # ---------------------------------------------------------------------------------------------- a full disk
@@ -216,31 +253,50 @@ def writer_fails(text):
     return fail
 
 
-@pytest.mark.parametrize(("target", "failure"), [
-    ("safetensors.torch.save_file", no_space),
-    ("safetensors.torch.serialize_file", writer_fails("I/O error: No space left on device (os error 28)")),
-    ("transformers.PreTrainedTokenizerFast.save_pretrained", writer_fails("No space left on device (os error 28)")),
-    ("cocomix.checkpoint.write_json", explained),
-], ids=["file system", "safetensors", "tokenizer", "trainer.json"])
-def test_a_full_disk_leaves_older_checkpoints_and_the_pointer_alone(world, half, capsys, monkeypatch, target, failure):
-    run = world.folder / half
-    before = (run / "checkpoints/latest.json").read_bytes()
+FULL = {
+    "file system": ("safetensors.torch.save_file", no_space),
+    "safetensors": ("safetensors.torch.serialize_file",
+                    writer_fails("I/O error: No space left on device (os error 28)")),
+    "tokenizer": ("transformers.PreTrainedTokenizerFast.save_pretrained",
+                  writer_fails("No space left on device (os error 28)")),
+    "trainer.json": ("cocomix.checkpoint.write_json", explained),
+}
+
+
+@pytest.mark.parametrize("kind", FULL)
+def test_a_full_disk_leaves_older_checkpoints_alone(world, half, capsys, monkeypatch, kind):
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(target, failure)
+        patch.setattr(*FULL[kind])
         assert world.train(half, *settings(world), resume=True) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "no room on disk while writing" in error
-    assert steps(world, half) == [4, 8] and (run / "checkpoints/latest.json").read_bytes() == before
+    assert steps(world, half) == [4, 8]
     assert world.train(half, *settings(world), resume=True) == 0
     assert_equal_runs(world, "whole", half)
 
 
-def test_other_errors_of_a_writer_are_not_taken_for_a_full_disk(tmp_path):
-    engine = SimpleNamespace(zero_optimization_stage=writer_fails("something else"))
-    with pytest.raises(RuntimeError, match="something else"):
-        save_checkpoint(engine, tmp_path, 1, {}, Ranks(0, 1, torch.device("cpu")), 2, None)
-    assert list(tmp_path.iterdir()) == []
+def test_a_run_goes_on_after_a_failed_save_if_told_so(world, capsys, monkeypatch):
+    save_file, calls = safetensors.torch.save_file, []
+
+    def fails_once(tensors, path, **more):
+        calls.append(path)
+        return no_space() if len(calls) == 2 else save_file(tensors, path, **more)
+
+    monkeypatch.setattr("safetensors.torch.save_file", fails_once)
+    assert world.train("told", *settings(world), "train.continue_after_failed_save=true") == 0
+    error = capsys.readouterr().err
+    assert "a save failed and training goes on without it: no room on disk" in error and "step-00000008" in error
+    assert steps(world, "told") == [4, 12]
+    assert_equal_runs(world, "whole", "told")
+
+
+def test_other_errors_of_a_writer_are_said_and_not_taken_for_a_full_disk(world, capsys, monkeypatch):
+    monkeypatch.setattr("safetensors.torch.save_file", writer_fails("something else"))
+    assert world.train("failing", *settings(world)) == 2
+    error = capsys.readouterr().err
+    assert "step-00000004 could not be written: RuntimeError: something else" in error and "no room" not in error
+    assert steps(world, "failing") == []
 
 
 # ---------------------------------------------------------------------------------------------- real interruptions
@@ -258,7 +314,8 @@ def test_a_run_that_was_really_interrupted_goes_on_bit_for_bit(world, number):
         assert code == -number
     else:
         assert code == 75 and "interrupted: saved step " in output and "Traceback" not in output
-    assert 20 <= json.loads((world.folder / run / "checkpoints/latest.json").read_text())["step"] < 128
+    latest = latest_checkpoint(world.folder / run)
+    assert 20 <= json.loads((latest / "trainer.json").read_text())["step"] < 128
     assert world.train(run, *more, resume=True) == 0
     assert_equal_runs(world, "long", run)
 

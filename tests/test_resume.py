@@ -5,13 +5,19 @@ import json
 import numpy as np
 import pytest
 import torch
-from run_helpers import SEQ_LEN, STEPS, assert_close_weights, assert_equal_runs, stage, uneven
+from run_helpers import SEQ_LEN, STEPS, assert_close_weights, assert_equal_runs, before_steps, stage, uneven
+from safetensors.torch import load_file
 
+from cocomix.checkpoint import latest_checkpoint
 from cocomix.config import Config
 from cocomix.data import WindowDataset
+from cocomix.distributed import process_group
 from cocomix.errors import CocomixError
+from cocomix.evaluate import validation_loss
+from cocomix.export import load_model
 from cocomix.resume import MAY_CHANGE, require_same_run, settings
 from cocomix.trainer import Trainer
+from cocomix.training_state import state_to_save
 
 BF16, OFFLOADED = "train.precision=bf16", "train.offload_optimizer=true"
 CUT = 4  # every run here is gone on with from its checkpoint of this step
@@ -55,12 +61,23 @@ def test_another_stage_and_micro_batch_go_on_with_the_same_trajectory(world, bef
 
 @pytest.mark.parametrize("before", [0, 1, 3])
 @pytest.mark.parametrize("after", [0, 2, 3])
-def test_weights_come_back_bit_for_bit_at_every_stage(world, before, after):
+def test_weights_and_moments_come_back_bit_for_bit_at_every_stage(world, before, after):
     source = whole_run(world, f"from-{before}00", *stage(before), "train.micro_batch=2")
-    run = world.cut(source, f"{source}-only-loaded-{after}", CUT)
-    end = f"train.tokens={CUT * 8 * SEQ_LEN}"  # nothing is left to do but to evaluate and to write the model
-    assert world.train(run, *uneven(world), *stage(after), "train.micro_batch=2", end, resume=True) == 0
-    assert_close_weights(world.weights(run), world.weights(f"{source}/checkpoints/step-{CUT:08d}"), atol=0)
+    run = world.folder / world.cut(source, f"{source}-only-loaded-{after}", CUT)
+    checkpoint = latest_checkpoint(run)
+    config = world.load(*uneven(world), *stage(after), "train.micro_batch=2", f"train.run={run}")
+    with process_group(1) as ranks:
+        trainer = Trainer(config, ranks)
+        trainer._resume()
+        trainer._evaluate()
+        loaded = {key: tensor.clone() for key, tensor in state_to_save(trainer.engine, ranks).items()}
+        trainer.close()
+    saved = load_file(checkpoint / "state/rank-00000-of-00001.safetensors")
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(tensor, saved[key]) for key, tensor in loaded.items())
+    total, count = validation_loss(load_model(checkpoint), trainer.val_split, SEQ_LEN, 2, torch.device("cpu"))
+    assert trainer.validation_loss == pytest.approx(float(total) / count, abs=1e-7)  # with the weights it computes with
+
 
 
 def test_no_window_is_read_twice_or_left_out(world, monkeypatch):
@@ -77,13 +94,8 @@ def test_no_window_is_read_twice_or_left_out(world, monkeypatch):
 
 
 def test_random_states_come_back(world, monkeypatch):
-    train_step, drawn = Trainer._train_step, []
-
-    def drawing(self, batches):
-        drawn.append(float(torch.rand(())))
-        return train_step(self, batches)
-
-    monkeypatch.setattr(Trainer, "_train_step", drawing)
+    drawn = []
+    before_steps(monkeypatch, lambda _: drawn.append(float(torch.rand(()))))
     source = whole_run(world, "drawn")
     expected = drawn[CUT:]
     drawn.clear()

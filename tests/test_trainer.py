@@ -16,6 +16,7 @@ from run_helpers import (
     assert_equal_runs,
     reference_run,
     stage,
+    stop_at,
     uneven,
     write_text,
 )
@@ -26,7 +27,6 @@ from cocomix.deepspeed_engine import deepspeed_config, learning_rate_factor
 from cocomix.errors import CocomixError
 from cocomix.labels import LabelSource
 from cocomix.runs import load_run
-from cocomix.trainer import Trainer
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -167,19 +167,6 @@ def test_metrics_hold_what_the_report_reads(world):
 # ---------------------------------------------------------------------------------------------- interruptions
 
 
-def stop_at(monkeypatch, step, times=1):
-    """SIGTERM to this process in the middle of 1-based `step`."""
-    train_step = Trainer._train_step
-
-    def interrupted(self, batches):
-        if self.step + 1 == step:
-            for _ in range(times):
-                os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(self, batches)
-
-    monkeypatch.setattr(Trainer, "_train_step", interrupted)
-
-
 @pytest.mark.parametrize("settings", [stage(0), stage(2), stage(3), ["train.precision=bf16"]],
                          ids=lambda settings: settings[0])
 def test_sigterm_saves_and_resume_goes_on_bit_for_bit(world, monkeypatch, capsys, settings):
@@ -267,7 +254,9 @@ def test_a_run_that_diverges_says_where_and_saves_nothing_more(world, capsys, st
                        f"model.mixing={mixing}")
     assert code == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "training has diverged at step 4" in error and "lower train.lr" in error.lower()
+    assert "training has diverged at step 11: in 10 steps in a row" in error and "lower train.lr" in error.lower()
+    windows = world.records(run, "event")[-1]["windows"]
+    assert len(windows) == 8 and f"windows {windows[0]}, {windows[1]}, " in error
     assert not (world.folder / run / "checkpoints").exists()
 
 

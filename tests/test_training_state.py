@@ -4,11 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
 from cocomix.distributed import Ranks
 from cocomix.errors import CocomixError
-from cocomix.training_state import held_pieces, load_pieces, save_pieces
+from cocomix.training_state import held_pieces, load_pieces, read_weights, state_file_name, state_to_save
 
 CPU = torch.device("cpu")
 
@@ -27,9 +28,10 @@ def replicated_engine(sizes, seed=None):
     return engine
 
 
-def save(engine, folder, world, save_id="this"):
-    for rank in range(world):
-        save_pieces(engine, folder, save_id, Ranks(rank, world, CPU))
+def save(engine, folder, world, save_id="this", only=None):
+    for rank in range(world) if only is None else [only]:
+        tensors = state_to_save(engine, Ranks(rank, world, CPU))
+        save_file(tensors, folder / state_file_name(rank, world), {"save_id": save_id})
 
 
 def load(engine, folder, saved_world, rank=0, world=1):
@@ -89,7 +91,7 @@ def test_a_file_that_is_missing_is_named(tmp_path, rank):
 def test_a_file_of_another_save_is_named(tmp_path):
     engine = replicated_engine([8], seed=0)
     save(engine, tmp_path, 2)
-    save_pieces(engine, tmp_path, "other", Ranks(1, 2, CPU))
+    save(engine, tmp_path, 2, "other", only=1)
     with pytest.raises(CocomixError, match="rank-00001-of-00002.safetensors belongs to another save"):
         load(replicated_engine([8]), tmp_path, 2)
 
@@ -99,3 +101,17 @@ def test_a_larger_or_another_model_lacks_parts(tmp_path, sizes):
     save(replicated_engine([8], seed=0), tmp_path, 2)
     with pytest.raises(CocomixError, match="lack parts of m.p"):
         load(replicated_engine(sizes), tmp_path, 2)
+
+
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4), world=st.integers(1, 5))
+@settings(max_examples=15)
+def test_the_weights_alone_are_read_without_an_engine(tmp_path_factory, sizes, world):
+    folder = tmp_path_factory.mktemp("state")
+    engine = replicated_engine(sizes, seed=0)
+    save(engine, folder, world)
+    weights = read_weights(folder, "this", world)
+    for name, parameter in engine.module.named_parameters():
+        torch.testing.assert_close(weights.pop(name), parameter.detach(), rtol=0, atol=0)
+    assert not weights
+    with pytest.raises(CocomixError, match="belongs to another save"):
+        read_weights(folder, "other", world)

@@ -20,6 +20,7 @@ from cocomix.config import TeacherConfig
 from cocomix.labels import run as make_labels
 from cocomix.sae import SparseAutoencoder
 from cocomix.teacher import ConceptTeacher
+from cocomix.train_step import TrainStep
 from cocomix.trainer import Trainer
 
 CHECKPOINTED, OFFLOADED, COMPILED = (
@@ -86,15 +87,15 @@ def test_what_saves_memory_follows_plain_pytorch(world, settings):
 
 def test_checkpointed_blocks_are_computed_again_in_the_backward_pass(world, monkeypatch):
     calls = []
-    train_step = Trainer._train_step
+    step = TrainStep.__call__
 
     def counted(self, batches):
         handle = self.engine.module.transformer.h[0].attn.register_forward_hook(lambda *_: calls.append(1))
-        sums = train_step(self, batches)
+        sums = step(self, batches)
         handle.remove()
         return sums
 
-    monkeypatch.setattr(Trainer, "_train_step", counted)
+    monkeypatch.setattr(TrainStep, "__call__", counted)
     for run, more, expected in (("kept", [], 1), ("again", [CHECKPOINTED], 2)):
         calls.clear()
         assert world.train(run, *uneven(world), "train.micro_batch=8", *more) == 0
