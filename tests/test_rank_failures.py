@@ -97,10 +97,10 @@ def test_ranks_with_different_settings_refuse_to_start(world, free_port):
 
 @pytest.mark.slow
 def test_ranks_with_different_data_refuse_to_start(world, free_port, tmp_path):
-    other = World(tmp_path / "other")
-    (other.folder / "text/more.txt").write_text("the dog sleeps " * 400)
-    prepare(other.load().data)
-    processes = start(world, "other-data", [], [f"data.folder={other.folder / 'data'}"], port=free_port)
+    (tmp_path / "text.txt").write_text("the dog sleeps " * 1000)
+    prepare(world.load(f"data.text=['{tmp_path / 'text.txt'}']", f"data.folder={tmp_path}").data)
+    ntp = ["model.mixing=none"]
+    processes = start(world, "other-data", ntp, [*ntp, f"data.folder={tmp_path}"], port=free_port)
     for process in processes:
         code, line = outcome(process)
         assert code == 2 and "the ranks disagree" in line and "the text's fingerprint is" in line
