@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import resource
 import weakref
 
 import numpy as np
@@ -160,3 +161,19 @@ def test_the_last_micro_batchs_graph_is_gone_before_the_next_one_is_computed(wor
     finally:
         gc.enable()
     assert len(alive) == 8 and not any(alive)
+
+
+@pytest.mark.slow
+def test_memory_stays_flat(world, monkeypatch):
+    """3,000 steps with saves and evaluations; the first third may fill caches."""
+    resident = {}
+
+    def measure(train_step):
+        if train_step.engine.global_steps in (1000, 2999):
+            with open("/proc/self/statm", encoding="ascii") as file:
+                resident[train_step.engine.global_steps] = int(file.read().split()[1]) * resource.getpagesize() / 2**20
+
+    before_steps(monkeypatch, measure)
+    assert world.train("flat", *uneven(world), "train.global_batch=2", "train.micro_batch=2", "train.tokens=96000",
+                       "train.save_every=250", "train.eval_every=1000", "train.log_every=10") == 0
+    assert resident[2999] - resident[1000] < 3
