@@ -16,7 +16,8 @@ CORE = [
 
 EXTRAS = {
     # `cocomix train`: DeepSpeed compiles its CPU optimizer with ninja; runs write TensorBoard files
-    "train": ["deepspeed>=0.19,<0.20", "tensorboard>=2.17", "ninja>=1.11", "setuptools"],
+    "train": ["deepspeed>=0.19,<0.20", "tensorboard>=2.17", "ninja>=1.11", "setuptools",
+              "psutil"],  # the network interface between machines; DeepSpeed needs it too
     "report": ["matplotlib>=3.9"],  # `cocomix report`
     "data": ["datasets>=4.0"],  # `hf:NAME` sources of `cocomix data`
     "wandb": ["wandb>=0.19"],  # train.wandb_project
@@ -37,8 +38,9 @@ setup(
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     python_requires=">=3.11,<3.13",
-    packages=["cocomix", "cocomix.kernels", "cocomix.kernels.triton_kernels"],
-    package_dir={"cocomix": "engine", "cocomix.kernels": "kernels"},
+    packages=["cocomix", "cocomix.kernels", "cocomix.kernels.triton_kernels", "cocomix.cluster_files"],
+    package_dir={"cocomix": "engine", "cocomix.kernels": "kernels", "cocomix.cluster_files": "configs/clusters"},
+    package_data={"cocomix.cluster_files": ["*.yaml"]},  # so that `cocomix plan --cluster h100` works anywhere
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["cocomix=cocomix.cli:main"]},

@@ -11,8 +11,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cocomix.errors import CocomixError
 
-# Of a checkout, beside the package or where the user stands; the package itself holds no settings.
-_FOLDERS = (Path("configs/clusters"), Path(__file__).resolve().parent.parent / "configs" / "clusters")
+_PACKAGE = Path(__file__).resolve().parent
+# Of the user's own, of an installed package (setup.py puts them there), and of a checkout beside the package.
+_FOLDERS = (Path("configs/clusters"), _PACKAGE / "cluster_files", _PACKAGE.parent / "configs" / "clusters")
 
 
 @dataclass

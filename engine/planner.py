@@ -307,6 +307,14 @@ class Plan:
     advice: str = ""
 
 
+def configured(job: Job, gpus: int) -> Prediction:
+    """The config's own setup on `gpus` GPUs. Raises `CocomixError` where its batches do not divide."""
+    train = job.config.train
+    if train.global_batch % (gpus * train.micro_batch):
+        raise CocomixError(_batch_message(train, gpus))
+    return predict(job, _setup(job, train.zero_stage, gpus, train.micro_batch, train.global_batch))
+
+
 def make_plan(job: Job, gpus: int, raise_batch: bool = False) -> Plan:
     """Predict every stage on `gpus` GPUs and choose.
 
@@ -321,10 +329,10 @@ def make_plan(job: Job, gpus: int, raise_batch: bool = False) -> Plan:
     if global_batch % (gpus * micro_batch):
         if not raise_batch:
             raise CocomixError(_batch_message(train, gpus))
-        micro_batch = max(size for size in _divisors(global_batch // gpus) if size <= micro_batch)
+        micro_batch = max(size for size in divisors(global_batch // gpus) if size <= micro_batch)
     stages = [predict(job, _setup(job, stage, gpus, micro_batch, global_batch)) for stage in range(4)]
     chosen = choose(job, gpus, global_batch)
-    advice = "" if chosen is not None else _what_would_fit(job, gpus, global_batch)
+    advice = "" if chosen is not None else what_would_fit(job, gpus, global_batch)
     return Plan(job, gpus, global_batch, stages, chosen, advice)
 
 
@@ -334,7 +342,7 @@ def choose(job: Job, gpus: int, global_batch: int, offload: bool | None = None) 
     more = {} if offload is None else {"offload": offload}
     candidates = [
         predict(job, _setup(job, stage, gpus, size, global_batch, checkpointing=again, **more))
-        for stage in range(4) for again in (False, True) for size in _divisors(global_batch // gpus)
+        for stage in range(4) for again in (False, True) for size in divisors(global_batch // gpus)
     ]
     candidates = [found for found in candidates if found.fits and found.offered]
     if not candidates:
@@ -344,7 +352,8 @@ def choose(job: Job, gpus: int, global_batch: int, offload: bool | None = None) 
                key=lambda found: (found.setup.checkpointing, found.setup.stage, -found.setup.micro_batch))
 
 
-def _divisors(number):
+def divisors(number: int) -> list[int]:
+    """Whole numbers that divide `number`, smallest first."""
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
@@ -352,32 +361,33 @@ def _batch_message(train, gpus):
     message = (f"train.global_batch ({train.global_batch}) must be a multiple of train.micro_batch "
                f"({train.micro_batch}) x {gpus} GPUs")
     if train.global_batch % gpus == 0:
-        fitting = ", ".join(map(str, _divisors(train.global_batch // gpus)))
+        fitting = ", ".join(map(str, divisors(train.global_batch // gpus)))
         return f"{message}: train.micro_batch could be {fitting}"
     return f"{message}: the next batch that divides is {_round_up(train.global_batch, gpus)}"
 
 
-def _what_would_fit(job, gpus, global_batch):
-    """Where no setup fits: the optimizer in host memory, or more GPUs; with the least that is needed here."""
+def what_would_fit(job: Job, gpus: int, global_batch: int) -> str:
+    """Where no setup fits, in words: the optimizer in host memory, or more GPUs; with the least that is needed here."""
     options = []
     offloaded = choose(job, gpus, global_batch, offload=True)
     if offloaded is not None:
         options.append(
-            f"train.offload_optimizer=true with {_settings(offloaded)} ({_gb(offloaded.memory.total)} GB a GPU and "
+            f"train.offload_optimizer=true with {settings_of(offloaded)} ({_gb(offloaded.memory.total)} GB a GPU and "
             f"{_gb(offloaded.memory.host)} GB of host memory for each)")
     more = gpus
     while (more := 2 * more) <= _MAX_GPUS:
         if global_batch % more == 0 and (found := choose(job, more, global_batch)) is not None:
-            options.append(f"{more} GPUs with {_settings(found)} ({_gb(found.memory.total)} GB a GPU)")
+            options.append(f"{more} GPUs with {settings_of(found)} ({_gb(found.memory.total)} GB a GPU)")
             break
     least = min((predict(job, _setup(job, stage, gpus, 1, global_batch, checkpointing=True)) for stage in range(1, 4)),
                 key=lambda found: found.memory.total)
     needed = (f"nothing fits into {job.cluster.memory_gb:g} GB less {job.cluster.reserved_gb:g} GB reserved: the least "
-              f"is {_gb(least.memory.total)} GB with {_settings(least)}")
+              f"is {_gb(least.memory.total)} GB with {settings_of(least)}")
     return f"{needed}; what would fit: {' or '.join(options) or 'a smaller model, context or concept_dim'}"
 
 
-def _settings(found):
+def settings_of(found: Prediction) -> str:
+    """A setup as the settings that make it."""
     setup = found.setup
     return (f"train.zero_stage={setup.stage} train.micro_batch={setup.micro_batch} "
             f"train.activation_checkpointing={str(setup.checkpointing).lower()}")
@@ -436,7 +446,7 @@ def describe(plan: Plan) -> str:
         return "\n".join([*lines, plan.advice])
     found = plan.chosen
     lines += [
-        f"chosen: {_settings(found)}{' train.offload_optimizer=true' * found.setup.offload}",
+        f"chosen: {settings_of(found)}{' train.offload_optimizer=true' * found.setup.offload}",
         f"  {_gb(found.memory.total)} GB a GPU, step {found.step_s * 1e3:,.0f} ms, {found.tokens_per_s:,.0f} tokens/s, "
         f"{_days(found.days)} days for {job.config.train.tokens:.3g} tokens",
         f"assumed: {_rates(job)}; {cluster.link_share:.0%} of the links' rates; of communication that DeepSpeed "

@@ -25,12 +25,14 @@ from cocomix.export import export_checkpoint
 from cocomix.files import atomic_folder, write_json
 from cocomix.labels import LabelSource
 from cocomix.loss_watch import LossWatch
+from cocomix.memory_check import memory_warning
 from cocomix.metrics import MetricsLog, peak_memory_gib, progress_bar
 from cocomix.rank_failures import failures_named, require_agreement
 from cocomix.resume import code_fingerprint, require_same_run, settings
 from cocomix.train_step import TrainStep, build_student, training_batches
 
 EXIT_RESUME = 75  # the run was interrupted and saved: start it again with --resume (EX_TEMPFAIL of sysexits.h)
+_ONE_REQUEST_S = 5  # Ctrl-C reaches a process from the terminal and from its launcher
 
 
 def train(config: Config, resume: bool = False) -> int:
@@ -74,7 +76,8 @@ class Trainer:
         self.tokenizer = self.tokens.tokenizer()
         require_agreement(ranks, self._identity() | {"the code": code_fingerprint()})
         self.step, self.elapsed_s, self.saved_step = 0, 0.0, None
-        self.log = self.validation_loss = self.stop_signal = None
+        self.log = self.validation_loss = self.asked_to_stop = None
+        self._warn_of_too_little_memory()
         model = build_student(config, self.tokens.vocab_size, self.tokens.eot_id)
         self.n_parameters = sum(p.numel() for p in model.parameters())  # now: at stage 3 they become empty
         self.engine = build_engine(model, config, ranks.device, ranks.world)
@@ -82,6 +85,13 @@ class Trainer:
         self.train_step = TrainStep(self.engine, self.labels, ranks)
         self.watch = LossWatch(config.train.spike_deviations, config.train.max_skipped_steps)
         self.saves = CheckpointWriter(self.run, config.train.keep_checkpoints, self._describe_model, ranks)
+
+    def _warn_of_too_little_memory(self) -> None:
+        if self.ranks.is_first and self.ranks.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(self.ranks.device).total_memory
+            warning = memory_warning(self.config, self.tokens.vocab_size, self.ranks.world, memory)
+            if warning:
+                print(f"warning: {warning}", file=sys.stderr)
 
     def _open_log(self) -> MetricsLog | None:
         if not self.ranks.is_first:
@@ -140,7 +150,7 @@ class Trainer:
         """Log, evaluate and save where it is time to; whether to stop."""
         total, train = self.config.total_steps, self.config.train
         diverged = self.watch.count(self.train_step.was_skipped)
-        stop, save_failed = self._agree_on(self.stop_signal is not None, self.saves.has_failed)
+        stop, save_failed = self._agree_on(self.asked_to_stop is not None, self.saves.has_failed)
         save = stop or self.step == total or (self.step % train.save_every == 0 and not self.train_step.was_skipped)
         if save or diverged or self.step % train.log_every == 0:  # a save too: it holds the running averages
             self._log_interval(interval, bar)
@@ -277,8 +287,6 @@ class Trainer:
     def _finish(self) -> int:
         if self.validation_loss is None:  # interrupted between the last checkpoint and here
             self._evaluate()
-        if self.ranks.is_first:
-            export_checkpoint(latest_checkpoint(self.run), self.run / "model")
         if self.log is None:
             return 0
         loss = self.validation_loss
@@ -290,14 +298,17 @@ class Trainer:
             step_time_p10_s=times[len(times) // 10], step_time_p90_s=times[-1 - len(times) // 10],
             peak_memory_gib=self.log.peak_memory_gib(), elapsed_s=self.elapsed_s,
         )
+        export_checkpoint(latest_checkpoint(self.run), self.run / "model")  # last: a run with a model is finished
         print(f"{self.run}: validation perplexity {perplexity(loss):.2f} after {self.step} steps; "
               f"the model is in {self.run / 'model'}")
         return 0
 
-    def _on_signal(self, number, _frame):
-        if self.stop_signal is not None:  # asked twice: no more patience for a checkpoint
+    def _on_signal(self, _number, _frame):
+        now = time.monotonic()
+        if self.asked_to_stop is None:
+            self.asked_to_stop = now
+        elif now > self.asked_to_stop + _ONE_REQUEST_S:  # asked twice: no more patience for a checkpoint
             raise KeyboardInterrupt
-        self.stop_signal = number
 
     def _agree_on(self, *flags: bool) -> list[bool]:
         """For each flag whether any rank has set it. Ranks agree on logging steps only, so that no other step waits."""

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,9 +25,11 @@ from run_helpers import (
 from cocomix.config import TrainConfig
 from cocomix.data import TokenFiles, prepare
 from cocomix.deepspeed_engine import deepspeed_config, learning_rate_factor
+from cocomix.distributed import Ranks
 from cocomix.errors import CocomixError
 from cocomix.labels import LabelSource
 from cocomix.runs import load_run
+from cocomix.trainer import Trainer
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -195,7 +198,15 @@ def test_an_interrupt_at_the_last_step_finishes_the_run(world, monkeypatch):
     assert (world.folder / "last/model/config.json").exists()
 
 
-def test_a_second_signal_ends_the_run_without_a_checkpoint(world, monkeypatch, capsys):
+def test_two_signals_at_once_are_one_request(world, monkeypatch):
+    """Ctrl-C comes from the terminal and from the launcher."""
+    stop_at(monkeypatch, step=2, times=2)
+    assert world.train("doubled", *uneven(world)) == 75
+    assert (world.folder / "doubled/checkpoints/step-00000002/trainer.json").exists()
+
+
+def test_a_later_second_signal_ends_the_run_without_a_checkpoint(world, monkeypatch, capsys):
+    monkeypatch.setattr("cocomix.trainer._ONE_REQUEST_S", 0)
     stop_at(monkeypatch, step=2, times=2)
     assert world.train("impatient", *uneven(world)) == 130
     assert "with --resume it goes on" in capsys.readouterr().err
@@ -314,6 +325,19 @@ def test_cached_concepts_beyond_the_students_are_refused(world, capsys):
 
 def test_labels_are_not_read_where_there_is_no_mixing(world):
     assert source(world, "model.mixing=none", "teacher.model=/nowhere").kind is None
+
+
+def test_too_little_memory_is_warned_of_before_the_first_step(world, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr("cocomix.trainer.memory_warning", lambda config, *rest: seen.append(rest) or "does not fit")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=2**30))
+    trainer = SimpleNamespace(ranks=Ranks(0, 2, torch.device("cuda")), config=world.load(),
+                              tokens=TokenFiles.open(world.folder / "data"))
+    Trainer._warn_of_too_little_memory(trainer)
+    assert capsys.readouterr().err == "warning: does not fit\n" and seen == [(300, 2, 2**30)]
+    trainer.ranks = Ranks(1, 2, torch.device("cuda"))
+    Trainer._warn_of_too_little_memory(trainer)
+    assert len(seen) == 1
 
 
 def test_an_attention_backend_without_its_gpu_is_refused(world, capsys):
