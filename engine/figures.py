@@ -25,6 +25,7 @@ _FIGURE_STYLE = {
     "text.parse_math": False,
 }
 _TOKEN_UNITS = ((1e9, "billion tokens"), (1e6, "million tokens"), (1e3, "thousand tokens"), (1, "tokens"))
+_FLOP_UNITS = ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"))
 _TIME_UNITS = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
 _WARM_UP_SHARE = 0.1  # the first loss values are far above the rest and would flatten it
 _MAX_POINTS = 1000  # of a curve, so that the page of a long run stays small
@@ -52,6 +53,27 @@ def validation_loss_over_time(runs: list[Run]):
     """Figure: validation loss of every run over its wall-clock time."""
     curves = [_series(run.evaluations, "elapsed_s", "loss") for run in runs]
     axes, _ = _draw_curves(runs, curves, _TIME_UNITS, "validation loss (nats per token)")
+    return axes.figure
+
+
+def validation_loss_over_flops(runs: list[Run]):
+    """Figure: validation loss of every run over the arithmetic that training took. None where a run does not tell."""
+    if any(run.flops_per_token is None for run in runs):
+        return None
+    curves = []
+    for run in runs:
+        tokens, loss = _series(run.evaluations, "tokens", "loss")
+        curves.append((tokens * run.flops_per_token, loss))
+    axes, _ = _draw_curves(runs, curves, _FLOP_UNITS, "validation loss (nats per token)")
+    return axes.figure
+
+
+def concept_agreement_over_tokens(runs: list[Run]):
+    """Figure: share of the labels that are among the predicted concepts. None where no run predicts concepts."""
+    curves = [_series(run.evaluations, "tokens", "concept_agreement") for run in runs]
+    if not any(len(x) for x, _ in curves):
+        return None
+    axes, _ = _draw_curves(runs, [(x, 100 * y) for x, y in curves], _TOKEN_UNITS, "labels that are predicted (%)")
     return axes.figure
 
 
@@ -104,11 +126,17 @@ FIGURES = (
     FigureEntry("training_loss_tokens", "Training loss over tokens",
                  "Next-token part of the loss, so that all modes compare. Pale: as logged; strong: moving average.",
                  training_loss_over_tokens),
+    FigureEntry("validation_loss_flops", "Validation loss over arithmetic",
+                 "What a model has learnt from the same number of floating-point operations that its method needs, "
+                 "labels included where they are computed while training.", validation_loss_over_flops),
     FigureEntry("validation_loss_time", "Validation loss over wall-clock time",
                  "What a model has learnt in the same time, on the device of its run.", validation_loss_over_time),
     FigureEntry("concept_loss_tokens", "Concept loss over tokens",
                  "Cross-entropy of the predicted concepts against their labels, before its weight. Moving average.",
                  concept_loss_over_tokens),
+    FigureEntry("concept_agreement_tokens", "Agreement on concepts",
+                 "Share of the teacher's labels that are among the concepts which the student predicts.",
+                 concept_agreement_over_tokens),
     FigureEntry("throughput_memory", "Throughput and memory",
                  "Longer bars are better on the left, shorter ones on the right.", throughput_and_memory),
 )

@@ -11,6 +11,7 @@ from cocomix.errors import CocomixError
 from cocomix.figures import FIGURES, FigureEntry, draw_figures
 from cocomix.files import atomic_write
 from cocomix.runs import Run, fixed, is_number, load_run, significant, titles
+from cocomix.token_saving import saving
 
 __all__ = ["comparison_table", "load_run", "write_report"]
 
@@ -51,10 +52,27 @@ def _compare(runs: list[Run]) -> _Comparison:
     }
     [unigram] = significant([runs[0].info["data"]["val_unigram_perplexity"]], digits=4)
     notes = [f"For orientation: the unigram perplexity of the validation text is {unigram}."]
+    notes += _saving_notes(runs, columns["mode"])
     notes += [f"{title} has not finished: step {run.last_step:,} of {run.info['total_steps']:,}."
               for title, run in zip(columns["mode"], runs, strict=True) if not run.summary]
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
     return _Comparison(f"Validation perplexity after {tokens:,} training tokens", list(columns), rows, notes)
+
+
+def _saving_notes(runs: list[Run], names: list[str]) -> list[str]:
+    """A sentence for each run beside the first NTP run."""
+    baseline = next((run for run in runs if run.info["mode"] == "none"), None)
+    notes = []
+    for run, name in zip(runs, names, strict=True):
+        found = None if baseline is None or run.info["mode"] == "none" else saving(run, baseline)
+        if found is not None:
+            what = f"{found.share:.1%} fewer" if found.share >= 0 else f"{-found.share:.1%} more"
+            notes.append(
+                f"{name} reaches a validation loss of {found.loss:.3f} with {what} tokens than "
+                f"{names[runs.index(baseline)]} (a saving between {found.low:.1%} and {found.high:.1%} by the "
+                "evaluations around it; what other seeds give is not in this)."
+            )
+    return notes
 
 
 def _check_comparable(runs: list[Run]) -> None:
@@ -246,9 +264,27 @@ def _facts(runs: list[Run]) -> list[list[str]]:
         "Step time in s, median": [_step_times(run)[0] for run in runs],
         "Step time in s, p10 – p90": [_step_times(run)[1] for run in runs],
         "Wall-clock time": [_duration(max(e["elapsed_s"] for e in run.evaluations)) for run in runs],
+        "GFLOP a token, forward and backward": fixed(
+            [run.flops_per_token and run.flops_per_token / 1e9 for run in runs], decimals=3),
     }
+    if any("label_coverage" in run.evaluations[-1] for run in runs):
+        rows |= _concept_facts([run.evaluations[-1] for run in runs])
     rows |= {str(package): [run.info["versions"].get(package, "–") for run in runs] for package in packages}
     return [[name, *(str(value) for value in values)] for name, values in rows.items()]
+
+
+def _concept_facts(evaluations: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Rows on the concepts at the last evaluation; a dash for runs without."""
+    def column(key, form):
+        return [form.format(evaluation[key]) if key in evaluation else "–" for evaluation in evaluations]
+
+    return {
+        "Training tokens looked at for concepts": column("concept_tokens", "{:,}"),
+        "Tokens with a label": column("label_coverage", "{:.1%}"),
+        "Labels among the predicted concepts": column("concept_agreement", "{:.1%}"),
+        "Different concepts in labels": column("label_concepts", "{:,}"),
+        "Different concepts predicted": column("predicted_concepts", "{:,}"),
+    }
 
 
 def _step_times(run: Run) -> tuple[str, str]:

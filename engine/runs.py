@@ -47,6 +47,11 @@ class Run:
         return max(record["step"] for record in [*self.train, *self.evaluations])
 
     @property
+    def flops_per_token(self) -> float | None:
+        """Floating-point operations of training on a token, labels included; None where the run does not tell."""
+        return self.info.get("flops_per_token")
+
+    @property
     def tokens_per_s(self) -> float | None:
         """Training throughput over all ranks; None before the first training line."""
         return self._typical("tokens_per_s")
@@ -103,6 +108,8 @@ def _check_info(info: dict[str, Any], path: Path) -> None:
     if info["mode"] not in list(_MODES):
         raise CocomixError(f"{path}: mode is {info['mode']!r}; it must be one of {', '.join(_MODES)}")
     numbers = {key: info[key] for key in ("world_size", "parameters", "tokens_per_step", "total_steps", "seq_len")}
+    if "flops_per_token" in info:
+        numbers["flops_per_token"] = info["flops_per_token"]
     for key, value in (numbers | {f"data.{key}": info["data"][key] for key in _DATA_KEYS}).items():
         if not is_number(value) or not value > 0:
             raise CocomixError(f"{path}: {key} must be a positive number, not {value!r}")

@@ -10,6 +10,7 @@ from torch import nn
 
 from cocomix.config import TeacherConfig
 from cocomix.errors import CocomixError
+from cocomix.flops import TeacherShape
 from cocomix.kernels import concept_attribution, linear_cross_entropy
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -137,6 +138,13 @@ class ConceptTeacher:
         model = load_language_model(config.model).to(device, dtype)
         sae = SparseAutoencoder.load(config.sae).to(device, dtype)
         return cls(model, sae, config.layer, config.label_topk)
+
+    @property
+    def shape(self) -> TeacherShape:
+        """What its arithmetic depends on."""
+        config = self.model.config
+        return TeacherShape(config.hidden_size, config.num_hidden_layers, self.layer, config.vocab_size,
+                            self.sae.n_latents)
 
     def fingerprints(self) -> dict[str, str]:
         """What labels depend on beside the tokens."""

@@ -11,6 +11,7 @@ from cocomix.checkpoint import set_schedule
 from cocomix.config import Config
 from cocomix.data import MicroBatchSampler, WindowDataset, WindowOrder
 from cocomix.distributed import Ranks
+from cocomix.prefetch import StepBatches
 
 
 def build_student(config: Config, vocab_size: int, eot_id: int | None = None):
@@ -52,18 +53,23 @@ class TrainStep:
     def __init__(self, engine, labels, ranks: Ranks):
         self.engine, self.labels, self.ranks = engine, labels, ranks
         self.lr, self.grad_norm, self.was_skipped = math.nan, math.nan, False
+        self._ahead = None
 
     def __call__(self, batches) -> dict[str, torch.Tensor]:
-        """Take the next batches; returns the sums of the losses over this rank's micro batches, by name."""
+        """Take the next of `batches`; returns the sums of the losses over this rank's micro batches, by name.
+
+        `batches` is the same iterator in each call: on a GPU it is read ahead.
+        """
         engine = self.engine
         rounds = engine.gradient_accumulation_steps()
-        micro_batches = [self._to_device(next(batches)) for _ in range(rounds)]
-        for batch in micro_batches:
-            self.labels.add_to(batch)
+        if self._ahead is None:
+            self._ahead = StepBatches(batches, rounds, lambda batch: self.labels.add_to(batch), self.ranks.device)
+        micro_batches = self._ahead.next_step()
         share = self._labelled_tokens(micro_batches) / (rounds * self.ranks.world)
         self.lr, skipped_before, sums = engine.get_lr()[0], engine.skipped_steps, {}
         for batch in micro_batches:
             losses = self._forward_backward(batch, share)
+            self._ahead.prefetch()
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0) + loss
             if not engine.zero_optimization() and engine.is_gradient_accumulation_boundary():
@@ -75,9 +81,6 @@ class TrainStep:
         elif engine.zero_optimization():
             self.grad_norm = engine.get_global_grad_norm()
         return sums
-
-    def _to_device(self, batch):
-        return {name: tensor.to(self.ranks.device, non_blocking=True) for name, tensor in batch.items()}
 
     def _forward_backward(self, batch, share) -> dict[str, torch.Tensor]:
         out = self.engine(**batch, labels=batch["input_ids"], concept_token_count=share)

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from cocomix.checkpoint import CheckpointWriter, latest_checkpoint, load_checkpoint, read_trainer_state
+from cocomix.concept_statistics import concept_statistics
 from cocomix.config import Config
 from cocomix.data import TokenFiles, WindowOrder, step_windows
 from cocomix.deepspeed_engine import build_engine
@@ -23,15 +24,18 @@ from cocomix.errors import CocomixError
 from cocomix.evaluate import perplexity, validation_loss
 from cocomix.export import export_checkpoint
 from cocomix.files import atomic_folder, write_json
+from cocomix.flops import StudentShape, training_flops
 from cocomix.labels import LabelSource
 from cocomix.loss_watch import LossWatch
 from cocomix.memory_check import memory_warning
 from cocomix.metrics import MetricsLog, peak_memory_gib, progress_bar
+from cocomix.prefetch import StepBatches
 from cocomix.rank_failures import failures_named, require_agreement
 from cocomix.resume import code_fingerprint, require_same_run, settings
 from cocomix.train_step import TrainStep, build_student, training_batches
 
 EXIT_RESUME = 75  # the run was interrupted and saved: start it again with --resume (EX_TEMPFAIL of sysexits.h)
+_STATISTICS_WINDOWS = 32  # that an evaluation looks at for the concept statistics
 _ONE_REQUEST_S = 5  # Ctrl-C reaches a process from the terminal and from its launcher
 
 
@@ -113,6 +117,7 @@ class Trainer:
             "tokens_per_step": self.config.tokens_per_step,
             "total_steps": self.config.total_steps,
             "seq_len": self.config.data.seq_len,
+            "flops_per_token": self._flops_per_token(),
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "cocomix")},
             "config": dataclasses.asdict(self.config),
             "data": {
@@ -122,6 +127,13 @@ class Trainer:
                 "val_unigram_perplexity": self.tokens.meta["val_unigram_perplexity"],
             },
         }
+
+    def _flops_per_token(self) -> int:
+        """What the method needs, forward and backward, with labels where they are computed online."""
+        model, teacher = self.config.model, self.labels.teacher
+        shape = StudentShape(model.n_embd, model.n_layer, model.insert_layer, self.tokens.vocab_size,
+                             self.config.data.seq_len, model.concept_dim, model.concept_topk, model.mixing)
+        return training_flops(shape, None if teacher is None else teacher.shape)
 
     def fit(self) -> int:
         """Train to the end or to an interrupt; returns the exit code."""
@@ -252,9 +264,20 @@ class Trainer:
         sums = self.ranks.sum(torch.stack([total, torch.tensor(float(count), dtype=torch.float64,
                                                                device=self.ranks.device)]))
         self.validation_loss = float(sums[0] / sums[1])
+        statistics = {} if self.labels.kind is None else self._concept_statistics()
         if self.log is not None:
             self.log.write("eval", self.step, self.step * config.tokens_per_step, loss=self.validation_loss,
-                           perplexity=perplexity(self.validation_loss), elapsed_s=self.elapsed_s)
+                           perplexity=perplexity(self.validation_loss), elapsed_s=self.elapsed_s, **statistics)
+
+    def _concept_statistics(self) -> dict[str, float]:
+        """Of some training windows, the same in each evaluation: validation windows need not have labels."""
+        train = self.config.train
+        rounds = min(self.engine.gradient_accumulation_steps(),
+                     -(-_STATISTICS_WINDOWS // (train.micro_batch * self.ranks.world)))
+        labels = None if self.labels.cache is None else self.labels
+        micro_batches = training_batches(self.config, self.train_split, labels, self.ranks)
+        batches = StepBatches(micro_batches, rounds, self.labels.add_to, self.ranks.device).next_step()
+        return concept_statistics(self.engine.module, batches, self.config.model.concept_dim, self.ranks)
 
     def _save(self) -> None:
         if self.saved_step == self.step:

@@ -24,6 +24,7 @@ def write_run(folder, mode="none", steps=200, *, eval_every=50, finished=True, o
               "train": {"run": str(folder), "lr": 6e-4, "eval_windows": 0}}
     content = {"name": folder.name, "mode": mode, "labels": labels, "device": "NVIDIA H100 80GB HBM3", "world_size": 1,
                "parameters": 25_230_000, "tokens_per_step": TOKENS_PER_STEP, "total_steps": steps, "seq_len": 256,
+               "flops_per_token": 150_000_000 if mode == "none" else 300_000_000,
                "versions": {"torch": "2.13.0", "deepspeed": "0.18.2", "cocomix": "0.1.0"}, "config": config,
                "data": data}
     (folder / "run.json").write_text(json.dumps(content | info))
@@ -50,7 +51,10 @@ def metrics(mode, steps, eval_every, finished, offset, step_time):
                         concept_loss=concept_loss, grad_norm=1.0, step_time_s=step_time * slow,
                         tokens_per_s=TOKENS_PER_STEP / step_time / slow, peak_memory_gib=1.25))
         if step % eval_every == 0:
-            lines.append(at("eval", step, loss=loss(step), perplexity=float(np.exp(loss(step)))))
+            concepts = {} if mode == "none" else {
+                "concept_tokens": 2048, "label_coverage": 0.875, "concept_agreement": 1 - 1 / (1 + step / 100),
+                "label_concepts": 811, "predicted_concepts": 402}
+            lines.append(at("eval", step, loss=loss(step), perplexity=float(np.exp(loss(step))), **concepts))
     if finished:
         lines.append(at("summary", steps, loss=loss(steps), perplexity=float(np.exp(loss(steps))),
                         tokens_per_s=TOKENS_PER_STEP / step_time, step_time_s=step_time, peak_memory_gib=1.25,
@@ -324,7 +328,7 @@ def test_the_page_needs_nothing_beside_it(tmp_path, pair):
     path = write_report(pair, tmp_path / "out")
     page = Page(path)
     assert path == tmp_path / "out" / "report.html"
-    assert page.tags.count("svg") == 5
+    assert page.tags.count("svg") == len(figures.FIGURES) == 7
     assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
     loads = [value for name, value in page.attributes if name in ("src", "href", "xlink:href", "data", "srcset")]
     assert all(value.startswith("#") for value in loads)
@@ -345,7 +349,7 @@ def test_every_figure_lies_beside_the_page_as_png(tmp_path, pair):
     pngs = sorted(path.name for path in (tmp_path / "out").iterdir() if path.suffix == ".png")
     assert pngs == sorted(f"{entry.name}.png" for entry in figures.FIGURES)
     assert all((tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for name in pngs)
-    assert len(list((tmp_path / "out").iterdir())) == 6
+    assert len(list((tmp_path / "out").iterdir())) == len(pngs) + 1
 
 
 def test_the_page_shows_the_numbers_of_the_table_versions_and_settings(tmp_path, pair):
@@ -408,7 +412,7 @@ def test_a_run_that_never_had_a_finite_loss_makes_a_page(tmp_path):
     folder = write_run(tmp_path / "run")
     broken = re.sub(r'("(?:ntp_)?loss|"perplexity)": [0-9.]+', r'\1": NaN', (folder / "metrics.jsonl").read_text())
     (folder / "metrics.jsonl").write_text(broken)
-    assert Page(write_report([load_run(folder)], tmp_path / "out")).tags.count("svg") == 3
+    assert Page(write_report([load_run(folder)], tmp_path / "out")).tags.count("svg") == 4
 
 
 def test_a_single_run_with_one_evaluation_makes_a_page(tmp_path):
@@ -441,3 +445,48 @@ def test_an_output_folder_that_is_a_file_is_refused(tmp_path, pair):
     (tmp_path / "out").write_text("")
     with pytest.raises(CocomixError, match="cannot be written"):
         write_report(pair, tmp_path / "out")
+
+
+# ---- what the concepts and the arithmetic add
+
+
+def test_the_saving_in_tokens_is_said_with_its_bounds(pair):
+    """Both losses fall as 5 / (1 + step / 20), the mixed one from 0.08 below: it reaches the other's last one first."""
+    [note] = [line for line in comparison_table(pair).splitlines() if "reaches a validation loss" in line]
+    assert note.startswith("CoCoMix (cached labels) reaches a validation loss of 4.455 with ")
+    assert "fewer tokens than NTP (a saving between 0.0% and 25.0%" in note
+    share = float(note.split(" with ")[1].split("%")[0])
+    exact = 1 - (20 * (5 / (5 / 11 + 0.08) - 1)) / 200  # the step at which it really crosses
+    assert share == pytest.approx(100 * exact, abs=2)
+
+
+def test_no_saving_is_said_without_a_baseline_or_for_the_baseline_itself(pair):
+    assert "reaches a validation loss" not in comparison_table(pair[:1]) + comparison_table(pair[1:])
+
+
+def test_loss_over_flops_stretches_each_curve_by_its_arithmetic(pair):
+    axes = figures.validation_loss_over_flops(pair).axes[0]
+    ntp, mixed = (line.get_xdata() for line in axes.lines)
+    np.testing.assert_allclose(mixed / ntp, 2)
+    assert axes.get_xlabel() == "TFLOP"
+    np.testing.assert_allclose(ntp[-1], 200 * TOKENS_PER_STEP * 150_000_000 / 1e12)
+
+
+def test_runs_that_do_not_tell_their_arithmetic_have_no_such_figure(tmp_path):
+    folder = write_run(tmp_path / "run")
+    info = json.loads((folder / "run.json").read_text())
+    del info["flops_per_token"]
+    (folder / "run.json").write_text(json.dumps(info))
+    assert figures.validation_loss_over_flops([load_run(folder)]) is None
+
+
+def test_agreement_and_counts_of_concepts_are_shown(tmp_path, pair):
+    axes = figures.concept_agreement_over_tokens(pair).axes[0]
+    assert len(axes.lines) == 1
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [100 * (1 - 1 / (1 + s / 100)) for s in (50, 100, 150, 200)])
+    assert figures.concept_agreement_over_tokens(pair[:1]) is None
+    text = Page(write_report(pair, tmp_path / "out")).text
+    for name, value in (("Tokens with a label", "87.5%"), ("Labels among the predicted concepts", "66.7%"),
+                        ("Different concepts in labels", "811"), ("Different concepts predicted", "402")):
+        assert name in text and value in text[text.index(name):][:200]
+    assert "Different concepts" not in Page(write_report(pair[:1], tmp_path / "ntp")).text
