@@ -18,11 +18,12 @@ import time
 
 import numpy as np
 import torch
-from machine import describe, free_cores, peak_bytes
+from machine import free_cores
 
 from cocomix import CoCoMixConfig, CoCoMixForCausalLM, ConceptTeacher, SparseAutoencoder
 from cocomix.files import write_json
 from cocomix.flops import StudentShape, TeacherShape, ideal_ratio
+from cocomix.machine import describe, peak_bytes
 from cocomix.metrics import peak_memory_gib
 
 STUDENT = StudentShape(n_embd=512, n_layer=8, insert_layer=3, vocab_size=50257, seq_len=1024, concept_dim=32768,
@@ -36,9 +37,9 @@ TARGET = {"cached": 1.8, "online": 3.5, "memory": 1.6}
 def build_student(mixing: str, seq_len: int, device) -> CoCoMixForCausalLM:
     """The 69M student with fresh weights."""
     torch.manual_seed(0)
-    shape = {**dataclasses.asdict(STUDENT), "n_positions": seq_len}
+    shape = {**dataclasses.asdict(STUDENT), "n_positions": seq_len, "mixing": mixing}
     del shape["seq_len"]
-    model = CoCoMixForCausalLM(CoCoMixConfig(**shape, n_head=8, mixing=mixing))
+    model = CoCoMixForCausalLM(CoCoMixConfig(**shape, n_head=8))
     return model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).train()
 
 

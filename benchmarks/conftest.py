@@ -20,6 +20,8 @@ import machine  # noqa: E402
 import summary  # noqa: E402
 from harness import Setting, measure  # noqa: E402
 
+from cocomix.machine import describe  # noqa: E402
+
 RUN = pytest.StashKey()
 
 
@@ -47,7 +49,7 @@ class Run:
         device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         size = "full" if config.getoption("--full") else "tiny" if config.getoption("--tiny") else "short"
         self.setting = Setting(device, size)
-        self.machine = machine.describe(device)
+        self.machine = describe(device)
         self.deadline = time.monotonic() + config.getoption("--budget")
         self.file = config.getoption("--figures")
         self.measured, self.rows, self.absent = {}, [], []

@@ -1,14 +1,18 @@
 """Every GPU test and benchmark in one run of at most ten minutes, into one JSON file.
 
     python benchmarks/gpu.py [--out FILE] [--minutes 9] [--parts tests,concept_head] [--commit NAME]
+    python benchmarks/gpu.py --profiles       # cocomix profile at the paper's three sizes instead
     python benchmarks/gpu.py --cpu ...        # without a GPU, on tiny shapes: to try the script
     python benchmarks/gpu.py --show FILE      # the table of such a file
 
 First the fast tests of the kernels, then the kernel benchmarks at the paper's shapes, the whole step, and with what
-time is left the slow tests. Each part has a share of the time that remains when it starts, so what one leaves over
-goes to the next; a benchmark starts no further case when its share is nearly spent and is stopped when it is spent.
-A part that fails or is stopped is recorded with the end of its output and the next one starts. The file is written
-anew after every part, so a run that is cut short leaves what it had.
+time is left the slow tests. With --profiles a run of its own: `cocomix profile` in bfloat16, compiled, at the largest
+micro batch that fits, with cached and online labels, against the public way and transformers' GPT-2.
+
+Each part has a share of the time that remains when it starts, so what one leaves over goes to the next; a benchmark
+starts no further case when its share is nearly spent and is stopped when it is spent. A part that fails or is stopped
+is recorded with the end of its output and the next one starts. The file is written anew after every part, so a run
+that is cut short leaves what it had.
 
 Exit status: 0 when nothing failed (skipped parts are listed), 1 when a part failed or was stopped, 2 when the script
 cannot run here.
@@ -60,6 +64,9 @@ PARTS = (
     Part(STEP, 45, ("transformers", "omegaconf", "tokenizers", "safetensors")),
     Part(SLOW_TESTS, 60, ("hypothesis", "triton")),
 )
+PROFILE = "profile_"  # and the size: a name in configs/openwebtext
+PROFILES = tuple(Part(PROFILE + size, 100, ("deepspeed", "transformers", "omegaconf", "tokenizers", "safetensors"))
+                 for size in ("69m", "386m", "1.38b"))
 
 
 def main() -> int:
@@ -75,7 +82,8 @@ def main() -> int:
         print(f"missing: {', '.join(missing)}. {how_to_install(missing)}")
         return 2
     import torch
-    from machine import COMMIT_VARIABLE, describe
+
+    from cocomix.machine import COMMIT_VARIABLE, describe
 
     on_gpu = torch.cuda.is_available() and not options.cpu
     if not on_gpu and not options.cpu:
@@ -86,11 +94,12 @@ def main() -> int:
         os.environ[COMMIT_VARIABLE] = options.commit
     if options.cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # modes of one profile share memory
     report = {"benchmark": "gpu", **describe(torch.device("cuda:0" if on_gpu else "cpu")), "on_gpu": on_gpu,
               "time": datetime.now(UTC).isoformat(timespec="seconds"), "minutes": options.minutes, "parts": [],
-              "figures": []}
+              "figures": [], "profiles": {}}
     out = Path(options.out) if options.out else default_file(report)
-    parts = [part for part in PARTS if part.name in options.parts]
+    parts = [part for part in (*PARTS, *PROFILES) if part.name in options.parts]
     absent = absent_modules({module for part in parts for module in part.needs})
     if absent:
         print(f"parts that need {', '.join(absent)} are skipped. {how_to_install(absent)}")
@@ -108,19 +117,21 @@ def main() -> int:
 def parse():
     """The command line; unknown parts are refused."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [part.name for part in PARTS]
+    names, profiles = [part.name for part in PARTS], [part.name for part in PROFILES]
     parser.add_argument("--out", help="the file to write (default: benchmarks/results/DEVICE-DATE-COMMIT.json)")
     parser.add_argument("--minutes", type=float, default=9.0, help="time for everything")
-    parser.add_argument("--parts", type=lambda text: text.split(","), default=names,
-                        help=f"some of {','.join(names)}")
+    parser.add_argument("--parts", type=lambda text: text.split(","),
+                        help=f"some of {','.join(names)}, which run by default, and {','.join(profiles)}")
+    parser.add_argument("--profiles", action="store_true", help="run the profiles instead of the default parts")
     parser.add_argument("--workers", type=int, default=4, help="processes for the tests, where pytest-xdist is there")
     parser.add_argument("--commit", help="what to record where the code is a copy without its history")
     parser.add_argument("--show", metavar="FILE", help="print the table of this file and measure nothing")
     parser.add_argument("--cpu", action="store_true", help="run without a GPU, on tiny shapes")
     options = parser.parse_args()
-    unknown = set(options.parts) - set(names)
+    options.parts = options.parts or (profiles if options.profiles else names)
+    unknown = set(options.parts) - {*names, *profiles}
     if unknown:
-        parser.error(f"no part is named {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+        parser.error(f"no part is named {', '.join(sorted(unknown))}; there are {', '.join([*names, *profiles])}")
     return options
 
 
@@ -168,7 +179,7 @@ def run_part(part: Part, limit: float, on_gpu: bool, workers: int, report: dict)
 
 
 def command_of(part: Part, limit: float, on_gpu: bool, workers: int, folder: Path) -> list[str]:
-    """The part's command line. Tests write junit.xml, benchmarks figures.jsonl, the step step.json."""
+    """The part's command line. Tests write junit.xml, benchmarks figures.jsonl, the step and profiles JSON."""
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     if part.name in (TESTS, SLOW_TESTS):
         marker = "slow" if part.name == SLOW_TESTS else "not slow"
@@ -178,9 +189,19 @@ def command_of(part: Part, limit: float, on_gpu: bool, workers: int, folder: Pat
     if part.name == STEP:
         size = [] if on_gpu else ["--tokens", "32", "--rounds", "1"]
         return [sys.executable, str(HERE / "bench_step.py"), "--json", str(folder / "step.json"), *size]
+    if part.name.startswith(PROFILE):
+        return profile_command(part.name.removeprefix(PROFILE), folder / "profile.json", on_gpu)
     alone = ["-p", "no:xdist"] if not absent_modules(["xdist"]) else []
     return [*pytest, *alone, str(HERE / f"bench_{part.name}.py"), f"--budget={0.8 * limit - 5:.0f}",
             f"--figures={folder / 'figures.jsonl'}", *([] if on_gpu else ["--tiny"])]
+
+
+def profile_command(size: str, file: Path, on_gpu: bool) -> list[str]:
+    """The command line of one size's profile."""
+    import torch
+    from gpu_profiles import command
+
+    return command(size, file, torch.cuda.get_device_properties(0).total_memory if on_gpu else None)
 
 
 def kernel_tests() -> list[str]:
@@ -226,6 +247,9 @@ def collect(part: Part, folder: Path, record: dict, report: dict) -> None:
         lines = [json.loads(line) for line in (folder / "figures.jsonl").read_text().splitlines()]
         report["figures"] += [line for line in lines if "absent" not in line]
         record["left_out"] = [line for line in lines if "absent" in line]
+    if (folder / "profile.json").exists():
+        found = json.loads((folder / "profile.json").read_text())
+        report["profiles"][part.name.removeprefix(PROFILE)] = found
     if (folder / "step.json").exists():
         report["step"] = json.loads((folder / "step.json").read_text())
 
@@ -258,8 +282,17 @@ def show(path: Path) -> None:
     report = json.loads(path.read_text(encoding="utf-8"))
     absent = [(title(line), line["contestant"], line["absent"])
               for record in report["parts"] for line in record.get("left_out", ())]
-    print({key: value for key, value in report.items() if key not in ("parts", "figures", "step")})
+    print({key: value for key, value in report.items() if key not in ("parts", "figures", "step", "profiles")})
     print(table(report["figures"], absent))
+    show_profiles(report)
+
+
+def show_profiles(report: dict) -> None:
+    """The profiles' tables, where there are some."""
+    if report.get("profiles"):
+        from gpu_profiles import text
+
+        print(text(report["profiles"], report["on_gpu"]))
 
 
 def conclude(report: dict, out: Path) -> None:
@@ -269,6 +302,7 @@ def conclude(report: dict, out: Path) -> None:
             value = "-" if target["value"] is None else f"{target['value']:.3g}"
             print(f"{row['operation']} {row['case']} {row['contestant']}: {target['target']}: {value}, "
                   f"{target['verdict']}")
+    show_profiles(report)
     lines = [line for record in report["parts"] for line in record.get("left_out", ())]
     reasons = {(line["operation"], line["case"], line["absent"]): [] for line in lines}
     for line in lines:
@@ -279,7 +313,8 @@ def conclude(report: dict, out: Path) -> None:
         if "output_tail" in record:
             print(f"\n--- {record['name']} {record['status']}; the end of its output:\n{record['output_tail'][-1500:]}")
     skipped = [f"{record['name']} ({record['reason']})" for record in report["parts"] if record["status"] == "skipped"]
-    print(f"skipped: {', '.join(skipped) or 'nothing'}\n{len(report['figures'])} figures in {out}")
+    print(f"skipped: {', '.join(skipped) or 'nothing'}\n{len(report['figures'])} figures and {len(report['profiles'])} "
+          f"profiles in {out}")
 
 
 if __name__ == "__main__":

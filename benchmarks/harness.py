@@ -19,16 +19,10 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import torch
-from machine import (
-    Clock,
-    cache_bytes,
-    give_memory_back,
-    is_out_of_memory,
-    peak_bytes,
-    rotating_sets,
-    rotation_budget,
-)
+from machine import Clock, cache_bytes, rotating_sets, rotation_budget
 from summary import Target
+
+from cocomix.machine import give_memory_back, is_out_of_memory, peak_bytes
 
 ROUNDS = {"tiny": (2, 2), "short": (5, 50), "full": (9, 100)}  # fewest and most
 SECONDS = {"tiny": 0.1, "short": 1.5, "full": 6.0}  # that the rounds of a case should take together

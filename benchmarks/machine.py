@@ -1,64 +1,13 @@
-"""What figures are measured on, and how time and memory are read there. One thing on a CPU, another on a GPU."""
+"""How the time of a call is read, cold caches included: one thing on a CPU, another on a GPU."""
 
-import gc
 import os
-import platform
-import subprocess
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
-COMMIT_VARIABLE = "COCOMIX_COMMIT"  # names the commit where the code is a copy without its history
 _LEAD_PASSES = 4  # over a buffer of several caches' size: about 0.3 ms on an H100, more than a first launch takes
 _CACHES = 4  # "cold" means that this many caches' worth of other bytes came in between
-
-
-def describe(device: torch.device) -> dict:
-    """Device, driver, versions and commit, as every file of figures holds them."""
-    found = {"device": _cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device)}
-    if device.type == "cuda":
-        found |= {"driver": _driver(), "cuda": torch.version.cuda}
-    return found | {
-        "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "triton": _triton_version(), "python": platform.python_version(), "commit": commit(),
-    }
-
-
-def commit() -> str:
-    """The short commit, "-dirty" where tracked files differ from it, "unknown" where nothing tells."""
-    named = os.environ.get(COMMIT_VARIABLE)
-    return named or _output("git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*") or "unknown"
-
-
-def _cpu_name():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _driver():
-    return (_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown").splitlines()[0]
-
-
-def _triton_version():
-    try:
-        import triton
-    except ImportError:
-        return None
-    return triton.__version__
-
-
-def _output(*command):
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=Path(__file__).parent)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def free_cores(most: int = 4) -> int:
@@ -130,32 +79,3 @@ class Clock:
         self.end.synchronize()
         del result
         return self.start.elapsed_time(self.end) / 1e3
-
-
-def peak_bytes(function, device: torch.device):
-    """Call `function` and return (the most bytes that tensors took above those at the start, what it returned)."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        result = function()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before, result
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
-        result = function()
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = np.cumsum([0] + [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
-    return int(held.max()), result
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device's memory was too small, on a GPU or on a CPU."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: " in str(error)
-
-
-def give_memory_back(device: torch.device) -> None:
-    """Drop what nobody refers to and the allocator's spare blocks, so that the next call finds all there is."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

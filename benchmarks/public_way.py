@@ -46,12 +46,20 @@ def attribution(latents, grad, decoder, label_topk):
     return (latents * (grad @ decoder)).topk(label_topk, dim=-1)
 
 
+def compress(masked, weight, bias, pre_bias, mean, std):
+    """Dense product with all C columns, and de-normalisation.
+
+    masked [B, T, C], weight [d, C], bias and pre_bias [d], mean and std [B, T, 1] -> [B, T, d].
+    """
+    return (F.linear(masked, weight, bias) + pre_bias) * std + mean
+
+
 def mix(hidden, masked, weight, bias, pre_bias, mean, std):
-    """Dense product with all C columns, de-normalisation, then `stack` and `view`.
+    """`compress`, then `stack` and `view`.
 
     hidden [B, T, d], masked [B, T, C], weight [d, C], bias and pre_bias [d], mean and std [B, T, 1] -> [B, 2T, d].
     """
-    concept = (F.linear(masked, weight, bias) + pre_bias) * std + mean
+    concept = compress(masked, weight, bias, pre_bias, mean, std)
     batch, length, width = hidden.shape
     return torch.stack([hidden, concept.to(hidden.dtype)], dim=2).view(batch, 2 * length, width)
 

@@ -67,6 +67,7 @@ def _parse(arguments):
     _add_config_command(commands, "sae", _sae, "train a TopK sparse autoencoder on a block of the teacher")
     _add_config_command(commands, "labels", _labels, "compute the cache of concept labels; goes on where it stopped")
     _add_plan(commands)
+    _add_profile(commands)
     evaluate = commands.add_parser("eval", help="validation perplexity of a checkpoint")
     evaluate.add_argument("checkpoint", help="a transformers folder, a checkpoint, or the folder of a run")
     evaluate.add_argument("--data", help="folder of token files (default: the one that the run was trained on)")
@@ -74,10 +75,9 @@ def _parse(arguments):
     evaluate.add_argument("--batch", type=int, default=8, help="windows in one forward pass (default: 8)")
     evaluate.add_argument("--windows", type=int, default=0, help="windows to read (default: all)")
     evaluate.set_defaults(run=_eval)
-    report = commands.add_parser("report", help="compare runs: a table, and a page with their curves")
-    report.add_argument("runs", nargs="+", metavar="RUN", help="folders of training runs")
-    report.add_argument("--out", default="report", help="folder for report.html and its figures (default: report)")
-    report.set_defaults(run=_report)
+    _add_report(commands)
+    _add_generate(commands)
+    _add_concepts(commands)
     export = commands.add_parser("export", help="turn a checkpoint into a transformers folder, for any use elsewhere")
     export.add_argument("checkpoint", help="a checkpoint, the folder of a run, or a transformers folder")
     export.add_argument("out", metavar="OUT", help="the folder to write; it must not exist yet")
@@ -102,6 +102,18 @@ def _add_config_command(commands, name, run, summary):
     return parser
 
 
+def _add_report(commands):
+    report = commands.add_parser("report", help="compare runs and show measurements: a table, and a page with figures")
+    report.add_argument("runs", nargs="*", metavar="RUN", help="folders of training runs")
+    report.add_argument("--profile", action="append", default=[], metavar="FILE",
+                        help="show what `cocomix profile --json FILE` measured; may be given several times")
+    report.add_argument("--bench", metavar="FILE", help="show the benchmarks of `make bench`")
+    report.add_argument("--bench-before", metavar="FILE",
+                        help="compare them with an older file; what became slower beyond the noise is named")
+    report.add_argument("--out", default="report", help="folder for report.html and its figures (default: report)")
+    report.set_defaults(run=_report)
+
+
 def _add_plan(commands):
     plan = _add_config_command(commands, "plan", _plan, "predict memory, speed and days on a cluster")
     plan.add_argument("--gpus", required=True, metavar="N[,N...]",
@@ -110,6 +122,86 @@ def _add_plan(commands):
                       help="a name in configs/clusters or a YAML file like those (default: h100)")
     plan.add_argument("--vocab-size", type=int, help="where there are no token files yet to tell")
     plan.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+
+
+def _add_profile(commands):
+    profile = _add_config_command(commands, "profile", _profile, "measure what concepts cost against NTP, part by part")
+    profile.add_argument("--labels", choices=("cached", "online", "both"),
+                         help="default: both, or cached alone where there is no teacher")
+    profile.add_argument("--mixing", choices=("interleave", "add"), help="in place of model.mixing")
+    profile.add_argument("--random-teacher", action="store_true",
+                         help="online labels by a GPT-2 124M and an SAE of random weights")
+    profile.add_argument("--vocab-size", type=int, help="take random tokens of so many ids, and no token files")
+    profile.add_argument("--against", action="append", default=[], choices=("public", "transformers"),
+                         help="also the public code's way, or GPT-2 of transformers for NTP; from a checkout only")
+    profile.add_argument("--rounds", type=_positive, help="of all modes in turn (default: 5 on a CPU, 10 on a GPU)")
+    profile.add_argument("--steps", type=_positive, help="of a mode in a round (default: 1 on a CPU, 5 on a GPU)")
+    profile.add_argument("--accumulation", type=_positive, default=1, help="micro batches in a step (default: 1)")
+    profile.add_argument("--fit", action="store_true", help="halve train.micro_batch until it fits into memory")
+    profile.add_argument("--no-breakdown", action="store_true", help="total times alone")
+    profile.add_argument("--trace", metavar="FOLDER", help="write a profiler trace of each mode, for Perfetto")
+    profile.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+
+
+def _add_generate(commands):
+    generate = commands.add_parser(
+        "generate", help="continue a text, with concepts amplified, set or forced",
+        description="Continue a text, with concepts amplified, set or forced.",
+        epilog="--steer, at every token and before the TopK: ID=F or ID=xF multiplies the logit of concept ID by F; "
+               "ID=set:F sets it; ID=force keeps the concept among the k whatever its logit, ID=force:F with the logit "
+               "F. For example --steer 4217=3.0 --steer 88=0 --steer 7=force. ID may be a name that `cocomix concepts "
+               "--name` gave.")
+    generate.add_argument("model", metavar="MODEL", help="a transformers folder, a checkpoint, or the folder of a run")
+    generate.add_argument("--prompt", action="append", required=True, metavar="TEXT",
+                          help="may be given several times, which makes a batch; empty: a new document")
+    generate.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default: 64")
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): greedy")
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from this share (default: 1)")
+    generate.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+    generate.add_argument("--beams", type=_positive, default=1, metavar="N", help="of a beam search (default: 1, none)")
+    generate.add_argument("--steer", action="append", default=[], metavar="ID=F",
+                          help="change a concept, see below; may be given several times")
+    generate.add_argument("--compare", action="store_true",
+                          help="unsteered and steered side by side, with the tokens that gain and lose probability")
+    generate.add_argument("--teacher", action="store_true",
+                          help="with --compare: the same on the teacher, by steering its SAE")
+    _add_teacher_config(generate)
+    generate.set_defaults(run=_generate)
+
+
+def _add_concepts(commands):
+    concepts = commands.add_parser(
+        "concepts", help="which concepts a model predicts in a text, and what they do",
+        description="Which concepts a model predicts in a text, and what they do: a table, and a page to look at.")
+    concepts.add_argument("model", metavar="MODEL", help="a transformers folder, a checkpoint, or the folder of a run")
+    concepts.add_argument("text_file", nargs="?", metavar="TEXTFILE", help="a text to read concepts from")
+    concepts.add_argument("--text", help="the text itself, in place of a file")
+    concepts.add_argument("--concept", action="append", default=[], metavar="ID",
+                          help="look at this concept (or name) too, whatever the text; may be given several times")
+    concepts.add_argument("--name", action="append", default=[], metavar="ID=NAME",
+                          help="give a concept a name, kept in concept_names.json beside the model (ID=: forget it)")
+    concepts.add_argument("--corpus", metavar="PATH",
+                          help="where to look for contexts: token files, a text file, a folder, or whatever data.text "
+                               "takes (default: the validation part of the run's token files)")
+    concepts.add_argument("--corpus-tokens", type=_positive, default=100_000, metavar="N", help="default: 100,000")
+    concepts.add_argument("--max-tokens", type=_positive, default=1024, metavar="N",
+                          help="of the text that are read and shown (default: 1,024)")
+    concepts.add_argument("--out", default="concepts.html", metavar="FILE", help="the page (default: concepts.html)")
+    concepts.add_argument("--per-token", action="store_true", help="print the concepts of each token too")
+    _add_teacher_config(concepts)
+    concepts.set_defaults(run=_concepts)
+
+
+def _add_teacher_config(parser):
+    parser.add_argument("--teacher-config", metavar="CONFIG",
+                        help="a config whose teacher: section names teacher and SAE (default: that of the run)")
+
+
+def _positive(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
 
 
 def _config(options):
@@ -152,6 +244,38 @@ def _plan(options):
     run(_config(options), gpus, options.cluster, options.vocab_size, options.json)
 
 
+def _profile(options):
+    from cocomix.profile_session import Options
+    from cocomix.profiler import run
+
+    if options.mixing:
+        options.overrides.append(f"model.mixing={options.mixing}")
+    labels = {None: None, "both": ("cached", "online")}.get(options.labels, (options.labels,))
+    run(_config(options), Options(
+        labels=labels, against=tuple(options.against), rounds=options.rounds, steps=options.steps,
+        accumulation=options.accumulation, fit=options.fit, random_teacher=options.random_teacher,
+        vocab_size=options.vocab_size, breakdown=not options.no_breakdown,
+    ), options.trace, options.json)
+
+
+def _generate(options):
+    from cocomix.generate import Sampling, run
+
+    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed, options.beams)
+    run(options.model, options.prompt, sampling, options.steer, options.compare, options.teacher,
+        options.teacher_config)
+
+
+def _concepts(options):
+    from cocomix.concepts import Request, run
+
+    run(options.model, Request(
+        text_file=options.text_file, text=options.text, concepts=tuple(options.concept), names=tuple(options.name),
+        corpus=options.corpus, corpus_tokens=options.corpus_tokens, max_tokens=options.max_tokens,
+        teacher_config=options.teacher_config, out=options.out, per_token=options.per_token,
+    ))
+
+
 def _export(options):
     from cocomix.export import export
 
@@ -165,11 +289,18 @@ def _eval(options):
 
 
 def _report(options):
+    from cocomix.measurement_page import measured_sections
     from cocomix.report import comparison_table, load_run, write_report
 
+    if not (options.runs or options.profile or options.bench):
+        raise CocomixError("nothing to report: name the folder of a run, or a file with --profile or --bench")
     runs = [load_run(folder) for folder in options.runs]
-    print(comparison_table(runs))
-    print(f"report: {write_report(runs, options.out)}")
+    sections, text = measured_sections(options.profile, options.bench, options.bench_before)
+    if runs:
+        print(comparison_table(runs))
+    if text:
+        print(text)
+    print(f"report: {write_report(runs, options.out, sections)}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 from cocomix.runs import Run, fixed, is_number, significant, titles
 
 # Okabe and Ito's colours; line styles and markers carry the difference where a printer has no colours.
-_LINES = (
+LINES = (
     ("#0072B2", "-", "o"), ("#D55E00", "--", "s"), ("#009E73", "-.", "^"), ("#000000", ":", "D"),
     ("#CC79A7", (0, (7, 2, 1, 2, 1, 2)), "v"), ("#E69F00", (0, (9, 3)), "P"), ("#56B4E9", (0, (3, 1, 1, 1)), "X"),
 )
@@ -91,7 +91,7 @@ def throughput_and_memory(runs: list[Run]):
 
     figure = Figure(figsize=(7.2, 0.95 + 0.42 * len(runs)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    colors = [_LINES[index % len(_LINES)][0] for index in range(len(runs))]
+    colors = [LINES[index % len(LINES)][0] for index in range(len(runs))]
     rows = range(len(runs))
     for axes, values, texts, title in (
         (panels[0], throughput, significant(throughput, digits=3), "tokens per second"),
@@ -105,7 +105,7 @@ def throughput_and_memory(runs: list[Run]):
         axes.grid(False)
         axes.spines["bottom"].set_visible(False)
         axes.tick_params(length=0)
-    panels[0].set_yticks(rows, [_wrapped(title) for title in titles(runs)])
+    panels[0].set_yticks(rows, [wrapped(title) for title in titles(runs)])
     panels[0].invert_yaxis()
     return figure
 
@@ -150,7 +150,7 @@ def _smoothed_figure(runs: list[Run], key: str, label: str):
     axes, scale = _draw_curves(runs, smooth, _TOKEN_UNITS, label)
     for index, (x, y) in enumerate(curves):
         thin = slice(None, None, math.ceil(len(x) / _MAX_POINTS) or 1)
-        axes.plot(x[thin] / scale, y[thin], color=_LINES[index % len(_LINES)][0], linewidth=0.7, alpha=0.25, zorder=1)
+        axes.plot(x[thin] / scale, y[thin], color=LINES[index % len(LINES)][0], linewidth=0.7, alpha=0.25, zorder=1)
     return axes.figure
 
 
@@ -183,11 +183,11 @@ def _draw_curves(runs: list[Run], curves, units, label: str):
     for index, ((x, y), title) in enumerate(zip(curves, titles(runs), strict=True)):
         if not len(x):
             continue
-        color, line, marker = _LINES[index % len(_LINES)]
+        color, line, marker = LINES[index % len(LINES)]
         thin = slice(None, None, math.ceil(len(x) / _MAX_POINTS))
         spacing = max(1, len(x[thin]) // 12)
         marks = (index * spacing // len(runs), spacing)  # where curves lie on each other the markers don't
-        axes.plot(x[thin] / scale, y[thin], color=color, linestyle=line, marker=marker, label=_wrapped(title),
+        axes.plot(x[thin] / scale, y[thin], color=color, linestyle=line, marker=marker, label=wrapped(title),
                   markevery=marks, markerfacecolor="white", markeredgewidth=1.2)
     axes.set(xlabel=unit, ylabel=label)
     _limit_to_settled_values(axes, curves, _WARM_UP_SHARE * longest)
@@ -204,26 +204,28 @@ def _limit_to_settled_values(axes, curves, start: float) -> None:
         axes.set_ylim(low - margin, high + margin)
 
 
-def _wrapped(title: str, width: int = 34) -> str:
+def wrapped(title: str, width: int = 34) -> str:
     """The title in lines of at most `width` characters, for legends and axes."""
     return "\n".join(textwrap.wrap(title, width))
 
 
 def draw_figures(runs: list[Run]) -> list[tuple[FigureEntry, str, bytes]]:
     """Every figure that the runs have values for, with its SVG element and its PNG bytes."""
+    return [drawn for entry in FIGURES if (drawn := draw(entry, runs)) is not None]
+
+
+def draw(entry: FigureEntry, *arguments) -> tuple[FigureEntry, str, bytes] | None:
+    """A figure of `arguments` with its SVG element and its PNG bytes; None where there is nothing to show."""
     import matplotlib
 
-    drawn = []
-    for entry in FIGURES:
-        with matplotlib.rc_context(_FIGURE_STYLE | {"svg.hashsalt": entry.name}):
-            figure = entry.draw(runs)
-            if figure is None:
-                continue
-            svg, png = io.StringIO(), io.BytesIO()
-            figure.savefig(svg, format="svg", metadata={"Date": None})
-            figure.savefig(png, format="png")
-        drawn.append((entry, _inline_svg(svg.getvalue(), entry), png.getvalue()))
-    return drawn
+    with matplotlib.rc_context(_FIGURE_STYLE | {"svg.hashsalt": entry.name}):
+        figure = entry.draw(*arguments)
+        if figure is None:
+            return None
+        svg, png = io.StringIO(), io.BytesIO()
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+        figure.savefig(png, format="png")
+    return entry, _inline_svg(svg.getvalue(), entry), png.getvalue()
 
 
 def _inline_svg(document: str, entry: FigureEntry) -> str:

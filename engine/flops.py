@@ -107,6 +107,5 @@ def parameter_count(shape: StudentShape) -> int:
 
 
 def ideal_ratio(shape: StudentShape, teacher: TeacherShape | None = None) -> float:
-    """Arithmetic of a CoCoMix step over that of a next-token step, forward and backward; with a teacher, online."""
-    mixed = dataclasses.replace(shape, mixing="interleave")
-    return training_flops(mixed, teacher) / training_flops(dataclasses.replace(shape, mixing="none"))
+    """Arithmetic of the shape's step over that of a next-token step, forward and backward; with a teacher, online."""
+    return training_flops(shape, teacher) / training_flops(dataclasses.replace(shape, mixing="none"))

@@ -8,8 +8,9 @@ from string import Template
 from typing import Any
 
 from cocomix.errors import CocomixError
-from cocomix.figures import FIGURES, FigureEntry, draw_figures
+from cocomix.figures import FIGURES, draw_figures
 from cocomix.files import atomic_write
+from cocomix.page import Section, figure_section, html_table, text_section
 from cocomix.runs import Run, fixed, is_number, load_run, significant, titles
 from cocomix.token_saving import saving
 
@@ -190,55 +191,47 @@ pre { font: .82rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberatio
 <h1>$title</h1>
 <p class="quiet">$subtitle</p>
 </header>
-<section>
-<h2>$heading</h2>
-$comparison
-$notes
-</section>
-$figures
-<section>
-<h2>Runs</h2>
-$facts
-</section>
-<section>
-<h2>Settings</h2>
-$settings
-</section>
+$sections
 </body>
 </html>
 """)
 
 
-def write_report(runs: list[Run], out_folder) -> Path:
+def write_report(runs: list[Run], out_folder, measured: list[Section] = ()) -> Path:
     """Write `report.html`, which needs nothing beside it, and its figures as PNG files; returns the page's path.
 
-    Every file appears whole or not at all, the page last. Raises `CocomixError` when the runs don't compare and
-    when the folder cannot be written.
+    The page compares `runs` and shows what was `measured` below. Every file appears whole or not at all, the page
+    last. Raises `CocomixError` when the runs don't compare and when the folder cannot be written.
     """
-    comparison = _compare(runs)
-    figures = draw_figures(runs)
+    sections = [*(_sections_of(runs) if runs else []), *measured]
     page = _PAGE.substitute(
-        title="Report of a training run" if len(runs) == 1 else f"Comparison of {len(runs)} training runs",
-        subtitle=html.escape(_subtitle(runs[0])),
-        heading=html.escape(comparison.heading),
-        comparison=_html_table(comparison.header, comparison.rows),
-        notes="\n".join(f'<p class="quiet">{html.escape(note)}</p>' for note in comparison.notes),
-        figures="\n".join(_html_figure(entry, svg) for entry, svg, _ in figures),
-        facts=_html_table(["", *titles(runs)], _facts(runs), "facts"),
-        settings=_html_settings(runs),
+        title="Measurements" if not runs else "Report of a training run" if len(runs) == 1 else
+        f"Comparison of {len(runs)} training runs",
+        subtitle=html.escape(_subtitle(runs[0]) if runs else ""),
+        sections="\n".join(section.html for section in sections),
     )
-    return _write_files(Path(out_folder), page, {entry.name: png for entry, _, png in figures})
+    return _write_files(Path(out_folder), page, {name: png for section in sections for name, png in section.figures})
+
+
+def _sections_of(runs: list[Run]) -> list[Section]:
+    comparison = _compare(runs)
+    table = html_table(comparison.header, comparison.rows)
+    notes = "\n".join(f'<p class="quiet">{html.escape(note)}</p>' for note in comparison.notes)
+    return [
+        text_section(comparison.heading, f"{table}\n{notes}"),
+        *(figure_section(*drawn) for drawn in draw_figures(runs)),
+        text_section("Runs", html_table(["", *titles(runs)], _facts(runs), "facts")),
+        text_section("Settings", _html_settings(runs)),
+    ]
 
 
 def _write_files(folder: Path, page: str, figures: dict[str, bytes]) -> Path:
     try:
-        for entry in FIGURES:
-            path = folder / f"{entry.name}.png"
-            if entry.name in figures:
-                with atomic_write(path) as file:
-                    file.write(figures[entry.name])
-            else:
-                path.unlink(missing_ok=True)  # an earlier report's, of other runs
+        for name in {entry.name for entry in FIGURES} - figures.keys():
+            (folder / f"{name}.png").unlink(missing_ok=True)  # an earlier report's, of other runs
+        for name, png in figures.items():
+            with atomic_write(folder / f"{name}.png") as file:
+                file.write(png)
         with atomic_write(folder / "report.html") as file:
             file.write(page.encode("utf-8", errors="replace"))
     except OSError as error:
@@ -295,29 +288,13 @@ def _step_times(run: Run) -> tuple[str, str]:
     return median, f"{low} – {high}" if known else "–"
 
 
-def _html_table(header: list[str], rows: list[list[str]], kind: str = "numbers") -> str:
-    """A table whose first column names its rows. All text is escaped here."""
-    head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
-    body = "\n".join(
-        f'<tr><th scope="row">{html.escape(row[0])}</th>' + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:])
-        + "</tr>" for row in rows
-    )
-    return (f'<div class="wide"><table class="{kind}">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n'
-            "</table></div>")
-
-
-def _html_figure(entry: FigureEntry, svg: str) -> str:
-    return (f'<section class="figure">\n<h2>{html.escape(entry.title)}</h2>\n<figure>\n{svg}\n'
-            f"<figcaption>{html.escape(entry.caption)}</figcaption>\n</figure>\n</section>")
-
-
 def _html_settings(runs: list[Run]) -> str:
     """What differs between the runs as a table, then every run's settings in full, folded."""
     names, settings = titles(runs), [_flattened(run.info["config"]) for run in runs]
     keys = list(dict.fromkeys(key for flat in settings for key in flat))
     differing = [[key, *(flat.get(key, "–") for flat in settings)] for key in keys
                  if key != "train.run" and len({flat.get(key) for flat in settings}) > 1]
-    parts = [_html_table(["setting", *names], differing, "facts")] if differing else []
+    parts = [html_table(["setting", *names], differing, "facts")] if differing else []
     parts += [
         f"<details>\n<summary>All settings of {html.escape(title)}</summary>\n<pre>"
         + html.escape("\n".join(f"{key}={value}" for key, value in flat.items())) + "</pre>\n</details>"

@@ -18,6 +18,7 @@ from kernel_helpers import assert_all_close, run
 from torch.utils.flop_counter import FlopCounterMode
 
 from cocomix.kernels import reference
+from cocomix.machine import peak_bytes
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # the benchmarks are programs, not part of the package
@@ -27,6 +28,7 @@ import bench_concept_mix  # noqa: E402
 import bench_interleaved_attention  # noqa: E402
 import bench_topk_linear  # noqa: E402
 import gpu  # noqa: E402
+import gpu_profiles  # noqa: E402
 import harness  # noqa: E402
 import machine  # noqa: E402
 import public_way  # noqa: E402
@@ -279,7 +281,7 @@ def test_peak_memory_counts_what_is_alive_at_once():
         torch.empty(2**20, dtype=torch.uint8), torch.empty(2**20, dtype=torch.uint8)
         return torch.empty(2**19, dtype=torch.uint8)
 
-    peak, result = machine.peak_bytes(two_and_one, CPU)
+    peak, result = peak_bytes(two_and_one, CPU)
     assert peak == 2**21 and len(result) == 2**19
 
 
@@ -513,6 +515,45 @@ def test_gpu_script_with_too_little_time_records_what_it_stopped_and_skipped(tmp
     assert "skipped" in status.values() and "no time left" in done.stdout
     assert done.returncode == (1 if {"stopped", "failed"} & set(status.values()) else 0)
     assert all("output_tail" in part for part in report["parts"] if part["status"] in ("stopped", "failed"))
+
+
+@pytest.mark.slow
+def test_gpu_script_profiles_the_three_sizes(tmp_path):
+    out = tmp_path / "out.json"
+    done = call(BENCHMARKS / "gpu.py", "--cpu", "--profiles", "--minutes", 3, "--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(out.read_text())
+    assert [(part["name"], part["status"]) for part in report["parts"]] == [
+        (part.name, "passed") for part in gpu.PROFILES]
+    assert list(report["profiles"]) == ["69m", "386m", "1.38b"]
+    for found in report["profiles"].values():
+        assert set(found["modes"]) == {"ntp", "cached", "transformers", "public cached"}
+    assert done.stdout.count("break-even saving") == 6  # a table's heading and a sentence for each
+    assert "≥" not in done.stdout  # targets are for a GPU
+
+
+def test_profiles_begin_with_what_may_fit_the_gpu():
+    def windows(size, memory):
+        (found,) = [text for text in gpu_profiles.command(size, Path("out.json"), memory) if "micro_batch" in text]
+        return int(found.partition("=")[2])
+
+    assert [windows(size, 85e9) for size in gpu_profiles.WINDOWS] == [32, 16, 4]
+    assert windows("1.38b", 150e9) == 8
+    assert {"--fit", "--random-teacher", "train.compile=true"} <= set(gpu_profiles.command("69m", Path("x"), 85e9))
+
+
+def test_a_profiles_targets_are_those_of_its_size():
+    def mode(of, slower, memory, efficiency=None, windows=4):
+        return {"of": of, "slower": slower and {"median": slower}, "peak_memory_gib": memory, "windows": windows,
+                "efficiency": efficiency}
+
+    found = {"modes": {
+        "ntp": mode(None, None, 10), "cached": mode(None, None, 20, 0.91), "online": mode(None, None, 21, 0.8),
+        "transformers": mode("ntp", 0.99, 12), "public cached": mode("cached", 4.0, 40),
+        "public online": mode("online", 3.5, 30, windows=2)}}
+    assert [met for _, _, met in gpu_profiles.targets("69m", found)] == [True, False, False, True, True]
+    assert [met for _, _, met in gpu_profiles.targets("1.38b", found)] == [True, False, True, True, True]
+    assert "efficiency with cached labels ≥ 0.9" in gpu_profiles.targets("386m", found)[0][0]
 
 
 def test_time_that_a_part_leaves_goes_to_the_others():

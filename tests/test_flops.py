@@ -1,19 +1,18 @@
 """The arithmetic of flops.py against the paper's ratios, the real model's weights and PyTorch's counter."""
 
-import math
-
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
+from flop_helpers import count_flops
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from cocomix import CoCoMixConfig, CoCoMixForCausalLM
+from cocomix import CoCoMixConfig, CoCoMixForCausalLM, ConceptTeacher, SparseAutoencoder
 from cocomix.flops import (
     StudentShape,
     TeacherShape,
     cocomix_forward,
     forward_parts,
     ideal_ratio,
+    labels_online,
     ntp_forward,
     parameter_count,
     parameter_sizes,
@@ -22,7 +21,6 @@ from cocomix.flops import (
 
 GPT2 = TeacherShape(n_embd=768, n_layer=12, layer=5, vocab_size=50257, n_latents=32768)
 SHAPE = {"n_embd": 64, "n_layer": 4, "insert_layer": 1, "vocab_size": 512, "concept_dim": 256, "concept_topk": 4}
-aten = torch.ops.aten
 
 
 def paper(n_embd, n_layer, insert_layer):
@@ -63,53 +61,37 @@ def test_parameters_are_those_of_the_real_model_one_by_one(mixing):
     assert parameter_count(shape) == sum(p.numel() for p in model.parameters())
 
 
-def attention_flops(q, k, _v, *_, **__):
-    """Two products; a causal call computes half of the square of scores."""
-    batch, heads, queries, head = q
-    return 2 * 2 * batch * heads * queries * k[2] * head // 2
-
-
-def attention_backward_flops(_grad, q, k, *rest, **__):
-    return 2 * attention_flops(q, k, None)
-
-
-def concept_head_flops(x, weight, _bias, labels, _k, dx_wanted, dw_wanted, *_, **__):
-    """Logits and, with labels, at once the loss's dx and dW."""
-    return 2 * math.prod(x) * weight[0] * (1 + (labels is not None) * (dx_wanted + dw_wanted))
-
-
-def concept_head_backward_flops(grad_values, _grad_loss, indices, x, *_, **__):
-    """The gradient through the kept values touches k rows a token, for dx and for dW."""
-    return 2 * 2 * math.prod(indices) * x[1]
-
-
-def plain_loss(x, weight, labels):
-    """The head's loss by a product that the counter sees; which library fuses it depends on PyTorch's version."""
-    return F.cross_entropy(x @ weight.t(), labels)
-
-
-# What PyTorch's counter does not know, or counts as if attention were not causal. It does not look inside these.
-FORMULAS = {
-    aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
-    torch.ops.cocomix.concept_head: concept_head_flops,
-    torch.ops.cocomix.concept_head_backward: concept_head_backward_flops,
-}
-
-
 @pytest.mark.parametrize("insert_layer", [0, 1, 3])
 @pytest.mark.parametrize("mixing", ["interleave", "add", "none"])
-def test_training_flops_are_those_that_pytorchs_counter_counts(mixing, insert_layer, monkeypatch):
+def test_training_flops_are_those_that_pytorchs_counter_counts(mixing, insert_layer):
     """Forward and backward pass of the model. Counted are all products with weights, both products of attention over
     the causal half, and the heads' products; the compress layer's gather is no product for the counter."""
     length, rows = 256, 2
     shape, model = build(mixing, length, insert_layer=insert_layer)
     ids = torch.randint(shape.vocab_size, (rows, length))
     labels = torch.randint(shape.concept_dim, (rows, length, 3))
-    monkeypatch.setattr("cocomix.model.linear_cross_entropy", plain_loss)
-    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-        model(ids, labels=ids, concept_labels=labels).loss.backward()
-    seen = {str(op) for ops in counter.get_flop_counts().values() for op in ops}
+    counted, seen = count_flops(lambda: model(ids, labels=ids, concept_labels=labels).loss.backward())
     own = {"cocomix.concept_head", "cocomix.concept_head_backward"}
     assert own & seen == (set() if mixing == "none" else own)
-    assert rows * length * training_flops(shape) == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert rows * length * training_flops(shape) == pytest.approx(counted, rel=0.02)
+
+
+def test_label_flops_are_those_that_pytorchs_counter_counts():
+    """The teacher's forward pass, its backward pass down to the SAE's block, and the SAE's encoder."""
+    length, rows, width, latents = 256, 2, 64, 512
+    teacher = TeacherShape(n_embd=width, n_layer=4, layer=1, vocab_size=512, n_latents=latents)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=512, n_positions=length, n_embd=width, n_layer=4, n_head=4,
+                                       bos_token_id=None, eos_token_id=None))
+    sae = SparseAutoencoder(torch.randn(latents, width), torch.zeros(latents), torch.zeros(width),
+                            torch.randn(latents, width), 4, normalize=True)
+    labelling = ConceptTeacher(model, sae, teacher.layer, 3)
+    counted, seen = count_flops(lambda: labelling.labels(torch.randint(512, (rows, length))))
+    assert "cocomix.topk_linear" in seen
+    assert rows * length * 2 * labels_online(teacher, length) == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.parametrize("mixing", ["interleave", "add"])
+def test_the_ideal_ratio_is_that_of_the_shapes_own_mixing(mixing):
+    shape = StudentShape(**{**paper(512, 8, 3).__dict__, "mixing": mixing})
+    assert ideal_ratio(shape) == training_flops(shape) / (6 * ntp_forward(shape))
+    assert ideal_ratio(StudentShape(**{**shape.__dict__, "mixing": "none"})) == 1
