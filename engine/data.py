@@ -6,6 +6,7 @@ know its step and nothing else.
 """
 
 import contextlib
+import hashlib
 import math
 import os
 import shutil
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from cocomix.config import DataConfig
 from cocomix.errors import CocomixError
 from cocomix.files import atomic_folder, atomic_write, read_json, require_space, sha256_of_file, write_json
+from cocomix.mapped_file import MappedFile
 from cocomix.text import (
     TOKEN_DTYPE,
     Piece,
@@ -199,10 +201,8 @@ def _share_one_document(files: dict, counts: dict, val_fraction: float) -> None:
     total = train["tokens"]
     kept = min(max(round(total * (1 - val_fraction)), 1), total - 1)
     files["train"].flush()
-    tokens = np.memmap(files["train"].name, dtype=TOKEN_DTYPE, mode="r")
-    for start in range(kept, total, _SCAN_TOKENS):
-        files["val"].write(tokens[start:start + _SCAN_TOKENS].tobytes())
-    del tokens  # a map beyond the end of a shortened file must not be read
+    for tokens in _scan(files["train"].name, kept):
+        files["val"].write(tokens.tobytes())
     files["train"].truncate(kept * TOKEN_DTYPE.itemsize)
     val_bytes = round(train["text_bytes"] * (total - kept) / total)
     val.update(tokens=total - kept, documents=1, text_bytes=val_bytes)
@@ -218,11 +218,18 @@ def _unigram_perplexity(folder: Path, splits: dict, vocab_size: int) -> float:
 
 
 def _frequencies(path: Path, vocab_size: int) -> np.ndarray:
-    tokens = np.memmap(path, dtype=TOKEN_DTYPE, mode="r")
     counts = np.zeros(vocab_size, dtype=np.int64)
-    for start in range(0, len(tokens), _SCAN_TOKENS):
-        counts += np.bincount(tokens[start:start + _SCAN_TOKENS], minlength=vocab_size)
+    for tokens in _scan(path):
+        counts += np.bincount(tokens, minlength=vocab_size)
     return counts
+
+
+def _scan(path, start: int = 0) -> Iterator[np.ndarray]:
+    """The tokens of a file from number `start` on, in parts of at most `_SCAN_TOKENS`."""
+    with open(path, "rb") as file:
+        file.seek(start * TOKEN_DTYPE.itemsize)
+        while len(tokens := np.fromfile(file, TOKEN_DTYPE, _SCAN_TOKENS)):
+            yield tokens
 
 
 class TokenFiles:
@@ -261,29 +268,18 @@ class TokenFiles:
 class TokenSplit:
     """A memory-mapped token file, read in non-overlapping windows. Pickles as a path, not as its contents.
 
-    `fingerprint` is the SHA-256 that meta.json records. Raises `CocomixError` when the file is missing, empty or not
-    as long as `n_tokens` says.
+    `fingerprint` is the SHA-256 that meta.json records; opening reads none of the tokens. Raises `CocomixError` when
+    the file is missing, empty or not as long as `n_tokens` says.
     """
 
     def __init__(self, path, n_tokens: int, vocab_size: int, fingerprint: str):
         self.path, self.n_tokens, self.vocab_size, self.fingerprint = Path(path), n_tokens, vocab_size, fingerprint
-        size, expected = self._size(), n_tokens * TOKEN_DTYPE.itemsize
-        if size != expected or size == 0:
-            odd = ", an odd number for 2-byte tokens" if size % TOKEN_DTYPE.itemsize else ""
-            raise CocomixError(
-                f"{self.path} has {size:,} bytes{odd}; meta.json says {expected:,} ({n_tokens:,} tokens): "
-                f"{_make_again(self.path.parent)}"
-            )
-        self.tokens = np.memmap(self.path, dtype=TOKEN_DTYPE, mode="r")
+        self._file = MappedFile(self.path, TOKEN_DTYPE, n_tokens * TOKEN_DTYPE.itemsize, unit="tokens",
+                                mend=_make_again(self.path.parent))
+        self.tokens = self._file.array
 
     def __reduce__(self):
         return TokenSplit, (self.path, self.n_tokens, self.vocab_size, self.fingerprint)
-
-    def _size(self) -> int:
-        try:
-            return self.path.stat().st_size
-        except FileNotFoundError:
-            raise CocomixError(f"there is no {self.path}: {_make_again(self.path.parent)}") from None
 
     def n_windows(self, seq_len: int) -> int:
         """Whole windows of `seq_len` tokens; what is left over at the end is never read. At least 1, or an error."""
@@ -299,21 +295,27 @@ class TokenSplit:
 
         Raises `CocomixError` for an id beyond the vocabulary.
         """
-        if not 0 <= index < self.n_windows(seq_len):
-            raise IndexError(f"window {index} of {self.n_windows(seq_len)}")
-        start = index * seq_len
-        ids = self.tokens[start:start + seq_len].astype(np.int64)
+        return self.windows(range(index, index + 1), seq_len)[0]
+
+    def windows(self, indices: range, seq_len: int) -> np.ndarray:
+        """Consecutive windows, read in one go: int64 [len(indices), seq_len]; see `window`."""
+        if not 0 <= indices.start < indices.stop <= self.n_windows(seq_len):
+            raise IndexError(f"windows {indices.start} to {indices.stop - 1} of {self.n_windows(seq_len)}")
+        start = indices.start * seq_len
+        ids = self._file.read(start, len(indices) * seq_len)
         self._require_known(ids, start)
-        return ids
+        return ids.reshape(len(indices), seq_len)
 
     def verify(self) -> None:
         """Read the whole file. Raises `CocomixError` for an id beyond the vocabulary or another SHA-256."""
-        for start in range(0, self.n_tokens, _SCAN_TOKENS):
-            self._require_known(self.tokens[start:start + _SCAN_TOKENS], start)
-        actual = sha256_of_file(self.path)
-        if actual != self.fingerprint:
+        digest, start = hashlib.sha256(), 0
+        for tokens in _scan(self.path):
+            self._require_known(tokens, start)
+            digest.update(tokens)
+            start += len(tokens)
+        if digest.hexdigest() != self.fingerprint:
             raise CocomixError(
-                f"{self.path} has changed since it was made: its SHA-256 is {actual}, meta.json says "
+                f"{self.path} has changed since it was made: its SHA-256 is {digest.hexdigest()}, meta.json says "
                 f"{self.fingerprint}: {_make_again(self.path.parent)}"
             )
 

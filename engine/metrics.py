@@ -56,6 +56,10 @@ class MetricsLog:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
 
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the evaluation of a step is there: a run that was killed at its end makes it again."""
+        return any(record["kind"] == "eval" and record["step"] == step for record in self._records())
+
     def step_times(self) -> list[float]:
         """Seconds a step, one figure for each training line of the whole run, resumed parts included."""
         return [record["step_time_s"] for record in self._records() if record["kind"] == "train"]

@@ -55,7 +55,9 @@ def train(config: Config, resume: bool = False) -> int:
     with process_group(config.train.timeout_minutes) as ranks, failures_named(ranks):
         trainer = Trainer(config, ranks)
         try:
-            return trainer.fit()
+            code = trainer.fit()
+            ranks.barrier()  # here, where a rank that dies before it comes is named
+            return code
         finally:
             trainer.close()
 
@@ -156,7 +158,12 @@ class Trainer:
             bar.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        return self._finish() if self.step >= total else self._interrupted()
+        if self.step < total:
+            return self._interrupted()
+        if self.saved_step != self.step:
+            raise CocomixError(f"the last checkpoint of {self.run}, which its model comes from, could not be written: "
+                               "free some space and start again with --resume")
+        return self._finish()
 
     def _after_step(self, interval, bar) -> bool:
         """Log, evaluate and save where it is time to; whether to stop."""
@@ -265,7 +272,7 @@ class Trainer:
                                                                device=self.ranks.device)]))
         self.validation_loss = float(sums[0] / sums[1])
         statistics = {} if self.labels.kind is None else self._concept_statistics()
-        if self.log is not None:
+        if self.log is not None and not self.log.has_evaluation(self.step):
             self.log.write("eval", self.step, self.step * config.tokens_per_step, loss=self.validation_loss,
                            perplexity=perplexity(self.validation_loss), elapsed_s=self.elapsed_s, **statistics)
 

@@ -291,6 +291,33 @@ def test_a_run_goes_on_after_a_failed_save_if_told_so(world, capsys, monkeypatch
     assert_equal_runs(world, "whole", "told")
 
 
+def test_a_run_whose_last_save_failed_gives_no_model_of_an_older_one(world, capsys, monkeypatch):
+    save_file, calls = safetensors.torch.save_file, []
+
+    def third_fails(tensors, path, **more):
+        calls.append(path)
+        return no_space() if len(calls) == 3 else save_file(tensors, path, **more)
+
+    told = "train.continue_after_failed_save=true"
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", third_fails)
+        assert world.train("lost-end", *settings(world), told) == 2
+    assert "the last checkpoint of " in capsys.readouterr().err
+    assert steps(world, "lost-end") == [4, 8] and not (world.folder / "lost-end/model").exists()
+    assert world.train("lost-end", *settings(world), told, resume=True) == 0
+    assert_equal_runs(world, "whole", "lost-end")
+
+
+def test_a_run_that_was_killed_at_its_end_evaluates_again_and_logs_it_once(world, monkeypatch):
+    monkeypatch.setattr("cocomix.trainer.export_checkpoint", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        world.train("end", *settings(world))
+    monkeypatch.undo()
+    assert world.train("end", *settings(world), resume=True) == 0
+    assert [record["step"] for record in world.records("end", "eval")] == [6, 12]
+    assert_equal_runs(world, "whole", "end")
+
+
 def test_other_errors_of_a_writer_are_said_and_not_taken_for_a_full_disk(world, capsys, monkeypatch):
     monkeypatch.setattr("safetensors.torch.save_file", writer_fails("something else"))
     assert world.train("failing", *settings(world)) == 2

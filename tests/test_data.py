@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from cocomix.data import (
     step_windows,
 )
 from cocomix.errors import CocomixError
+from cocomix.mapped_file import MappedFile
 from cocomix.text import Piece, train_tokenizer
 
 
@@ -312,6 +314,69 @@ def test_windows_cut_the_tokens_without_overlap(make_split):
             split.window(index, 8)
 
 
+def test_consecutive_windows_come_in_one_go(make_split):
+    split = make_split(range(50))
+    several = split.windows(range(1, 4), 8)
+    assert several.dtype == np.int64
+    assert several.tolist() == [split.window(index, 8).tolist() for index in (1, 2, 3)]
+    for indices in (range(-1, 2), range(4, 7), range(2, 2)):
+        with pytest.raises(IndexError):
+            split.windows(indices, 8)
+
+
+def resident_file_kib():
+    """Pages of files that are mapped into this process."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile")]
+    return int(line.split()[1])
+
+
+def test_a_hundred_billion_tokens_are_opened_ordered_and_read_at_once_and_in_flat_memory(tmp_path):
+    path, n_tokens = tmp_path / "train.bin", 10**11
+    path.touch()
+    os.truncate(path, 2 * n_tokens)  # a sparse file: 200 GB that take no room
+    start = time.perf_counter()
+    split = TokenSplit(path, n_tokens, 50, "fingerprint")
+    order = WindowOrder(split.n_windows(1024), seed=0)
+    batch = step_windows(order, 150_000, 512)
+    sampler = MicroBatchSampler(order, 512, 8, 3, 8, 150_000, 190_000)
+    windows = WindowDataset(split, 1024)
+    assert len(sampler) == 320_000 and len(windows) == 97_656_250
+    assert next(iter(sampler)) == batch.reshape(8, 8, 8)[0, 3].tolist()
+    assert windows[int(batch.max())]["input_ids"].tolist() == [0] * 1024
+    assert time.perf_counter() - start < 0.5
+    before, start = resident_file_kib(), time.perf_counter()
+    for index in order[np.arange(10_000)]:
+        split.window(int(index), 1024)
+    assert resident_file_kib() - before < 8192  # 40,000 were every page that has been read still mapped
+    assert time.perf_counter() - start < 5
+
+
+def in_page_cache(descriptor, position):
+    try:
+        return bool(os.preadv(descriptor, [bytearray(16)], position, os.RWF_NOWAIT))
+    except BlockingIOError:
+        return False
+    except OSError:
+        pytest.skip("this file system does not say what it has in memory")
+
+
+def test_a_window_is_fetched_without_what_lies_around_it(tmp_path):
+    path, n_bytes = tmp_path / "numbers.bin", 16 << 20
+    path.write_bytes(os.urandom(n_bytes))
+    mapped = MappedFile(path, "<u2", n_bytes, unit="tokens", mend="mend")
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        middle = n_bytes // 2
+        if in_page_cache(file.fileno(), middle):
+            pytest.skip("this file system keeps what it has written in memory")
+        expected = np.fromfile(path, "<u2", offset=middle, count=1024)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert mapped.read(middle // 2, 1024).tolist() == expected.tolist()
+        assert in_page_cache(file.fileno(), middle)
+        assert not any(in_page_cache(file.fileno(), middle + offset) for offset in (-65536, 8192, 65536, 262_144))
+
+
 def test_a_split_shorter_than_a_window_says_how_long_it_is(make_split):
     with pytest.raises(CocomixError, match="has 7 tokens, fewer than one window of data.seq_len=8"):
         make_split(range(7)).n_windows(8)
@@ -319,8 +384,8 @@ def test_a_split_shorter_than_a_window_says_how_long_it_is(make_split):
 
 
 @pytest.mark.parametrize(("content", "problem"), [
-    (b"\0" * 18, "has 18 bytes; meta.json says 20"), (b"\0" * 19, "has 19 bytes, an odd number"),
-    (b"\0" * 22, "has 22 bytes; meta.json says 20"), (b"", "has 0 bytes"), (None, "there is no"),
+    (b"\0" * 18, "has 18 bytes, expected 20"), (b"\0" * 19, "has 19 bytes, an odd number"),
+    (b"\0" * 22, "has 22 bytes, expected 20"), (b"", "has 0 bytes"), (None, "there is no"),
 ])
 def test_a_file_of_the_wrong_size_is_refused_with_the_mend(make_split, content, problem):
     path = make_split(range(10)).path
