@@ -2,7 +2,8 @@
 #   make quickstart [TEXT=path]   pretrain and compare, end to end
 #   make test                     the fast tests;  make test-slow  the rest;  make lint
 #   make bench                    what the kernels and a step cost on this machine, in under three minutes
-#   make bench-full               the same with larger shapes, torch.compile and more rounds
+#   make bench-full               the same with larger shapes, torch.compile, competitors and more rounds
+#                                 both keep their figures and a page in runs/bench (BENCH=folder)
 
 PYTHON ?= python3
 VENV := .venv
@@ -55,14 +56,26 @@ test-slow: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 
-KERNEL_BENCHMARKS = $(filter-out benchmarks/bench_step.py,$(wildcard benchmarks/bench_*.py))
+# Where there is no GPU a step has one window, in float32. On a GPU the config says, and the micro batch is what fits.
+BENCH ?= runs/bench
+KERNELS = $(BIN)/python -m pytest -q benchmarks --benchmark-json $(BENCH)/kernels.json
+STEP = $(COCOMIX) profile configs/openwebtext/69m.yaml $$($(BIN)/python -c 'import torch; print("--fit" \
+    if torch.cuda.is_available() else "train.micro_batch=1 train.precision=fp32 teacher.dtype=fp32")') \
+    --vocab-size 50257 --random-teacher --json $(BENCH)/profile.json
+
 bench: $(READY)
-	$(BIN)/python -m pytest -q --budget 100 $(KERNEL_BENCHMARKS)
-	$(BIN)/python benchmarks/bench_step.py --rounds 3
+	@mkdir -p $(BENCH)
+	$(KERNELS) --budget 90
+	$(STEP) --rounds 2
+	$(COCOMIX) report --bench $(BENCH)/kernels.json --profile $(BENCH)/profile.json --out $(BENCH)/report
+	@echo "kept: $(BENCH)/kernels.json (pytest-benchmark), $(BENCH)/profile.json (cocomix profile), $(BENCH)/report"
 
 bench-full: $(READY)
-	$(BIN)/python -m pytest -q --full $(KERNEL_BENCHMARKS)
-	$(BIN)/python benchmarks/bench_step.py --rounds 15
+	@mkdir -p $(BENCH)
+	$(KERNELS) --full
+	$(STEP) --rounds 15 --against public --against transformers
+	$(COCOMIX) report --bench $(BENCH)/kernels.json --profile $(BENCH)/profile.json --out $(BENCH)/report
+	@echo "kept: $(BENCH)/kernels.json (pytest-benchmark), $(BENCH)/profile.json (cocomix profile), $(BENCH)/report"
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

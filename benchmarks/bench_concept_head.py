@@ -26,6 +26,7 @@ from harness import (
     selection_error,
 )
 from summary import EXTRA_MEMORY, FLOOR, PUBLIC, Target
+from sweeps import sweep as swept
 
 from cocomix.kernels import concept_head
 
@@ -42,6 +43,11 @@ def cases(setting: Setting) -> list[Case]:
     training = [("loss_values", d, n) for n in (shapes.tokens, shapes.tokens // 4) for d in shapes.widths]
     others = [(mode, d, shapes.tokens) for mode in MODES[1:] for d in shapes.widths]
     return [case(setting, *one) for one in training + others]
+
+
+def sweep(setting: Setting) -> list[Case]:
+    """A training step over tokens, width, concepts and kept concepts."""
+    return swept(setting, "NdCk", lambda at: case(at, "loss_values", at.shapes.widths[0], at.shapes.tokens))
 
 
 def case(setting: Setting, mode: str, d: int, n: int) -> Case:

@@ -25,6 +25,7 @@ from harness import (
     sampled,
 )
 from summary import FLOOR, PUBLIC, Target
+from sweeps import sweep as swept
 
 from cocomix.kernels import concept_mix, reference
 
@@ -42,6 +43,11 @@ CHUNK = 512  # tokens of the truth at a time
 def cases(setting: Setting) -> list[Case]:
     """Every mode at every width."""
     return [case(setting, mode, d) for d in setting.shapes.widths for mode in MODES]
+
+
+def sweep(setting: Setting) -> list[Case]:
+    """A training step over width, concepts, kept concepts and the sequence's length."""
+    return swept(setting, "dCkT", lambda at: case(at, "train", at.shapes.widths[0]))
 
 
 def case(setting: Setting, mode: str, d: int) -> Case:

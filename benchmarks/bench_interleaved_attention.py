@@ -18,6 +18,7 @@ import public_way
 import torch
 from harness import TOLERANCE, WIDER, Case, Setting, product_floor, relative_error
 from summary import FLOOR, PUBLIC, Target
+from sweeps import sweep as swept
 
 from cocomix.kernels import interleaved_attention, reference
 
@@ -33,6 +34,12 @@ def cases(setting: Setting) -> list[Case]:
         case(setting, form, trains, n_heads, size)
         for trains in (True, False) for n_heads, size in setting.shapes.heads for form in FORMS
     ]
+
+
+def sweep(setting: Setting) -> list[Case]:
+    """Training in both forms over the sequence's length, with the first head size."""
+    return [one for form in FORMS
+            for one in swept(setting, "T", lambda at, form=form: case(at, form, True, *at.shapes.heads[0]))]
 
 
 def case(setting: Setting, form: str, trains: bool, n_heads: int, size: int) -> Case:

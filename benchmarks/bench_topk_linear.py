@@ -22,6 +22,7 @@ from harness import (
     selection_error,
 )
 from summary import EXTRA_MEMORY, FLOOR, PUBLIC, Target
+from sweeps import sweep as swept
 
 from cocomix.kernels import topk_linear
 
@@ -33,6 +34,11 @@ def cases(setting: Setting) -> list[Case]:
     """Both modes at the teacher's width, and at the paper's larger widths with `--full`."""
     widths = [setting.shapes.teacher_width, *(setting.shapes.widths if setting.size == "full" else ())]
     return [case(setting, mode, d) for d in widths for mode in MODES]
+
+
+def sweep(setting: Setting) -> list[Case]:
+    """The encoder over tokens, width (here the student's, which a sweep varies), latents and kept latents."""
+    return swept(setting, "NdCk", lambda at: case(at, "encode", at.shapes.widths[0]))
 
 
 def case(setting: Setting, mode: str, d: int) -> Case:

@@ -48,11 +48,19 @@ class Run:
     def __init__(self, config):
         device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         size = "full" if config.getoption("--full") else "tiny" if config.getoption("--tiny") else "short"
-        self.setting = Setting(device, size)
+        self.setting, self.sweeps = Setting(device, size), config.getoption("--sweep")
         self.machine = describe(device)
         self.deadline = time.monotonic() + config.getoption("--budget")
         self.file = config.getoption("--figures")
         self.measured, self.rows, self.absent = {}, [], []
+
+    def cases(self, module) -> list:
+        """What a benchmark file declares, with --sweep its sweeps too; a shape that both have comes once."""
+        found = module.cases(self.setting)
+        known = [case.shape for case in found]
+        if self.sweeps and hasattr(module, "sweep"):
+            found += [case for case in module.sweep(self.setting) if case.shape not in known]
+        return found
 
     def results(self, case):
         """Every contestant's `Measured`, measuring at the first call; None where no time is left for that."""
@@ -106,6 +114,7 @@ def pytest_addoption(parser):
     add = parser.getgroup("kernel benchmarks").addoption
     add("--full", action="store_true", help="larger shapes and more rounds; the public way compiled everywhere")
     add("--tiny", action="store_true", help="very small shapes, to try the benchmarks")
+    add("--sweep", action="store_true", help="also vary one dimension at a time: N, d, C, k, T")
     add("--threads", type=int, help="CPU threads (default: cores that are free, at most four)")
     add("--budget", type=float, default=float("inf"), metavar="S", help="start no case later than this, seconds")
     add("--figures", metavar="FILE", help="append each figure to this file as a line of JSON")
@@ -119,13 +128,19 @@ def pytest_configure(config):
         config.option.benchmark_quiet = True  # the table below says more
 
 
+def pytest_collect_file(file_path, parent):
+    """`pytest benchmarks` finds bench_*.py, as files named on the command line are found by pytest itself."""
+    if file_path.match("bench_*.py") and not parent.session.isinitpath(file_path):
+        return pytest.Module.from_parent(parent, path=file_path)
+
+
 def pytest_generate_tests(metafunc):
     if "contestant" not in metafunc.fixturenames:
         return
     metafunc.parametrize(("case", "contestant"), [
         pytest.param(case, name, id=f"{case.name}-{name}", marks=pytest.mark.benchmark(
             group=f"{case.operation} {case.name}", timer=SHOWN))
-        for case in metafunc.module.cases(metafunc.config.stash[RUN].setting) for name in case.contestants
+        for case in metafunc.config.stash[RUN].cases(metafunc.module) for name in case.contestants
     ])
 
 

@@ -5,9 +5,9 @@
     python benchmarks/gpu.py --cpu ...        # without a GPU, on tiny shapes: to try the script
     python benchmarks/gpu.py --show FILE      # the table of such a file
 
-First the fast tests of the kernels, then the kernel benchmarks at the paper's shapes, the whole step, and with what
-time is left the slow tests. With --profiles a run of its own: `cocomix profile` in bfloat16, compiled, at the largest
-micro batch that fits, with cached and online labels, against the public way and transformers' GPT-2.
+First the fast tests of the kernels, then the kernel benchmarks at the paper's shapes, and with what time is left the
+slow tests. With --profiles a run of its own: `cocomix profile` in bfloat16, compiled, at the largest micro batch that
+fits, with cached and online labels, against the public way and transformers' GPT-2.
 
 Each part has a share of the time that remains when it starts, so what one leaves over goes to the next; a benchmark
 starts no further case when its share is nearly spent and is stopped when it is spent. A part that fails or is stopped
@@ -53,7 +53,7 @@ class Part:
     needs: tuple[str, ...]
 
 
-TESTS, SLOW_TESTS, STEP = "tests", "slow_tests", "step"
+TESTS, SLOW_TESTS = "tests", "slow_tests"
 PARTS = (
     Part(TESTS, 180, ("hypothesis", "triton")),
     Part("concept_head", 120, ("pytest_benchmark",)),
@@ -61,7 +61,6 @@ PARTS = (
     Part("attribution", 25, ("pytest_benchmark",)),
     Part("concept_mix", 60, ("pytest_benchmark",)),
     Part("interleaved_attention", 70, ("pytest_benchmark",)),
-    Part(STEP, 45, ("transformers", "omegaconf", "tokenizers", "safetensors")),
     Part(SLOW_TESTS, 60, ("hypothesis", "triton")),
 )
 PROFILE = "profile_"  # and the size: a name in configs/openwebtext
@@ -179,16 +178,13 @@ def run_part(part: Part, limit: float, on_gpu: bool, workers: int, report: dict)
 
 
 def command_of(part: Part, limit: float, on_gpu: bool, workers: int, folder: Path) -> list[str]:
-    """The part's command line. Tests write junit.xml, benchmarks figures.jsonl, the step and profiles JSON."""
+    """The part's command line. Tests write junit.xml, benchmarks figures.jsonl, profiles profile.json."""
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     if part.name in (TESTS, SLOW_TESTS):
         marker = "slow" if part.name == SLOW_TESTS else "not slow"
         parallel = ["-n", str(workers)] if workers > 1 and on_gpu and not absent_modules(["xdist"]) else []
         return [*pytest, *parallel, "--tb=short", "-m", marker, "--durations=10",
                 f"--junitxml={folder / 'junit.xml'}", *kernel_tests()]
-    if part.name == STEP:
-        size = [] if on_gpu else ["--tokens", "32", "--rounds", "1"]
-        return [sys.executable, str(HERE / "bench_step.py"), "--json", str(folder / "step.json"), *size]
     if part.name.startswith(PROFILE):
         return profile_command(part.name.removeprefix(PROFILE), folder / "profile.json", on_gpu)
     alone = ["-p", "no:xdist"] if not absent_modules(["xdist"]) else []
@@ -250,8 +246,6 @@ def collect(part: Part, folder: Path, record: dict, report: dict) -> None:
     if (folder / "profile.json").exists():
         found = json.loads((folder / "profile.json").read_text())
         report["profiles"][part.name.removeprefix(PROFILE)] = found
-    if (folder / "step.json").exists():
-        report["step"] = json.loads((folder / "step.json").read_text())
 
 
 def test_results(junit: Path) -> dict:
@@ -282,7 +276,7 @@ def show(path: Path) -> None:
     report = json.loads(path.read_text(encoding="utf-8"))
     absent = [(title(line), line["contestant"], line["absent"])
               for record in report["parts"] for line in record.get("left_out", ())]
-    print({key: value for key, value in report.items() if key not in ("parts", "figures", "step", "profiles")})
+    print({key: value for key, value in report.items() if key not in ("parts", "figures", "profiles")})
     print(table(report["figures"], absent))
     show_profiles(report)
 

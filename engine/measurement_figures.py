@@ -96,20 +96,48 @@ def sweeps(rows: list[dict[str, Any]]) -> dict[str, list[list[dict[str, Any]]]]:
 
 
 def sweep(key: str, groups: list[list[dict[str, Any]]]):
-    """Figure: milliseconds over the dimension `key`, a line a contestant, both axes logarithmic."""
+    """Figure: milliseconds over the dimension `key`, both axes logarithmic. A panel holds one operation at one shape,
+    with a line a contestant; a contestant looks the same in all panels."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
-    axes = Figure(figsize=(7.2, 3.6 + 0.2 * math.ceil(len(groups) / 2)), layout="constrained").subplots()
-    for index, group in enumerate(groups):
-        color, line, marker = LINES[index % len(LINES)]
-        x = [row["shape"][key] for row in group]
-        median, low, high = ([row["ms"][name] for row in group] for name in ("median", "p10", "p90"))
-        axes.plot(x, median, color=color, linestyle=line, marker=marker, markerfacecolor="white",
-                  label=wrapped(f"{group[0]['operation']}: {group[0]['contestant']}"))
-        axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-    values = sorted({row["shape"][key] for group in groups for row in group})
-    axes.set(xlabel=_SWEPT[key], ylabel="milliseconds", xscale="log", yscale="log")
-    axes.set_xticks(values, [f"{value:,}" for value in values])
-    axes.minorticks_off()
-    axes.figure.legend(loc="outside upper left", ncols=2, frameon=False, handlelength=4)
-    return axes.figure
+    panels = defaultdict(list)
+    for group in groups:
+        panels[_panel_title(key, group[0])].append(group)
+    names = list(dict.fromkeys(group[0]["contestant"] for group in groups))
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(3.8 * columns if columns > 1 else 6.0, 0.6 + 3.0 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, (title, members) in zip(grid, panels.items(), strict=False):
+        for group in members:
+            _sweep_line(axes, key, group, LINES[names.index(group[0]["contestant"]) % len(LINES)])
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.set(xlabel=_SWEPT[key], ylabel="milliseconds", xscale="log", yscale="log")
+        values = sorted({row["shape"][key] for group in members for row in group})
+        axes.set_xticks(values, [f"{value:,}" for value in values], fontsize=8)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+    for axes in grid[len(panels):]:
+        axes.set_visible(False)
+    handles = {line.get_label(): line for axes in grid for line in axes.lines}
+    figure.legend(handles=list(handles.values()), loc="outside upper left", ncols=5, frameon=False, handlelength=4)
+    return figure
+
+
+def _panel_title(key: str, row: dict[str, Any]) -> str:
+    """The operation and the mode, and below them the dimensions that stay."""
+    kind = _DIMENSION.sub("", row["case"]).strip("-")
+    stay = [f"{name} {value:,}" for name, value in row["shape"].items() if isinstance(value, int) and name != key]
+    return f"{row['operation']}: {kind}\n{', '.join(stay)}"
+
+
+def _sweep_line(axes, key: str, group: list[dict[str, Any]], style) -> None:
+    color, line, marker = style
+    x = [row["shape"][key] for row in group]
+    median, low, high = ([row["ms"][name] for row in group] for name in ("median", "p10", "p90"))
+    axes.plot(x, median, color=color, linestyle=line, marker=marker, markerfacecolor="white",
+              label=group[0]["contestant"])
+    axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)

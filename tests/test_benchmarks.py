@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from kernel_helpers import assert_all_close, run
 from torch.utils.flop_counter import FlopCounterMode
 
+from cocomix import measurement_figures
 from cocomix.kernels import reference
 from cocomix.machine import peak_bytes
 
@@ -33,6 +34,7 @@ import harness  # noqa: E402
 import machine  # noqa: E402
 import public_way  # noqa: E402
 import summary  # noqa: E402
+import sweeps  # noqa: E402
 
 CPU = torch.device("cpu")
 SETTING = harness.Setting(CPU, "tiny")
@@ -266,6 +268,46 @@ def test_the_table_names_every_contestant_and_why_one_is_missing():
     assert lines["triton"].endswith("out of memory")
 
 
+# Sweeps
+
+SWEPT = {bench_concept_head: "NdCk", bench_topk_linear: "NdCk", bench_concept_mix: "dCkT",
+         bench_interleaved_attention: "T"}
+
+
+@pytest.mark.parametrize("file", SWEPT, ids=lambda file: file.__name__)
+def test_a_sweep_varies_each_dimension_alone_by_five_values_that_the_figures_find(file):
+    cases = file.sweep(SETTING)
+    assert len({case.name for case in cases}) == len(cases) and not any(case.targets for case in cases)
+    found = measurement_figures.sweeps([
+        row_of(case, name, measured(**{name: [0.001]})) for case in cases for name in case.contestants])
+    assert set(found) == set(SWEPT[file])
+    for key, groups in found.items():
+        drawn = {group[0]["contestant"] for group in groups}
+        assert drawn >= {"torch", "public", "floor"}
+        for group in groups:
+            values = [row["shape"][key] for row in group]
+            assert [value / values[2] for value in values] == list(sweeps.FACTORS)
+        shapes = [{name: value for name, value in row["shape"].items() if name not in (key, "form")}
+                  for group in groups for row in group]
+        assert all(shape == shapes[0] for shape in shapes)
+
+
+def test_the_inputs_of_a_sweep_have_its_shapes():
+    shapes = {(case.shape["N"], case.shape["d"], case.shape["C"], case.shape["k"]): case.inputs()
+              for case in bench_concept_head.sweep(SETTING)}
+    for (n, d, c, k), inputs in shapes.items():
+        assert inputs.x.shape == (n, d) and inputs.weight.shape == (c, d) and inputs.value_grad.shape == (n, k)
+    for case in bench_interleaved_attention.sweep(SETTING):
+        assert case.inputs().concept_q.shape[1] == case.shape["T"]
+
+
+def test_sweeps_on_a_gpu_start_where_the_public_way_still_fits():
+    on_gpu = harness.Setting(torch.device("cuda:0"), "short")
+    assert sweeps.base(on_gpu) == replace(harness.PAPER, tokens=harness.PAPER.tokens // 4)
+    assert max(case.shape["N"] for case in bench_concept_head.sweep(on_gpu)) == harness.PAPER.tokens
+    assert not any("compiled" in case.contestants for case in bench_concept_head.sweep(on_gpu))
+
+
 # Measuring
 
 
@@ -450,6 +492,19 @@ def test_the_kernel_benchmarks_run_and_keep_every_figure(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_folder_with_sweeps_measures_every_shape_once(tmp_path):
+    out = tmp_path / "benchmark.json"
+    done = bench(BENCHMARKS, "--sweep", f"--benchmark-json={out}", "-k", "topk_linear or interleaved_attention")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [one["extra_info"] for one in json.loads(out.read_text())["benchmarks"]]
+    shapes = [json.dumps([row["operation"], row["contestant"], row["shape"]]) for row in rows]
+    assert len(set(shapes)) == len(shapes)
+    found = measurement_figures.sweeps(rows)
+    assert set(found) == {"N", "d", "C", "k", "T"}
+    assert all(len({row["shape"][key] for row in group}) >= 5 for key, groups in found.items() for group in groups)
+
+
+@pytest.mark.slow
 def test_a_benchmark_without_time_left_starts_no_case(tmp_path):
     done = bench(BENCHMARKS / "bench_attribution.py", "--budget", -1, "--figures", tmp_path / "figures.jsonl")
     assert done.returncode == 0 and "no time left" in done.stdout
@@ -564,9 +619,9 @@ def test_time_that_a_part_leaves_goes_to_the_others():
 
 
 def test_a_part_without_its_packages_or_without_time_is_skipped():
-    missing = gpu.run_part(gpu.Part("step", 1, ("no_such_module",)), 100, False, 1, {})
-    assert missing == {"name": "step", "status": "skipped", "reason": "needs no_such_module"}
-    assert gpu.run_part(gpu.Part("step", 1, ()), 1, False, 1, {})["reason"] == "no time left"
+    missing = gpu.run_part(gpu.Part("attribution", 1, ("no_such_module",)), 100, False, 1, {})
+    assert missing == {"name": "attribution", "status": "skipped", "reason": "needs no_such_module"}
+    assert gpu.run_part(gpu.Part("attribution", 1, ()), 1, False, 1, {})["reason"] == "no time left"
     assert gpu.how_to_install(["pytest_benchmark", "torch"]) == "Install with: pip install pytest-benchmark torch"
     assert "-e ." in gpu.how_to_install(["cocomix"])
 

@@ -117,6 +117,23 @@ def test_sweeps_are_rows_that_differ_in_one_dimension_alone():
     assert list(line.get_xdata()) == [512, 1024, 2048] and list(line.get_ydata()) == [4, 8, 16]
 
 
+def test_a_sweep_has_a_panel_for_each_operation_and_one_style_for_each_contestant():
+    rows = [row(name, n / 128, n=n) | {"operation": operation} for operation, names in (
+        ("concept_head", ("public", "torch")), ("topk_linear", ("torch",))) for name in names for n in (256, 512, 1024)]
+    groups = measurement_figures.sweeps(rows)["N"]
+    figure = measurement_figures.sweep("N", groups)
+    first, second = (axes for axes in figure.axes if axes.get_visible())
+    assert first.get_title(loc="left") == "concept_head: encode\nd 64"
+    assert second.get_title(loc="left") == "topk_linear: encode\nd 64"
+    assert [line.get_label() for line in first.lines] == ["public", "torch"]
+    styles = {(line.get_label(), line.get_color(), line.get_marker()) for axes in figure.axes for line in axes.lines}
+    assert len(styles) == 2
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["public", "torch"]
+    figure.canvas.draw()
+    assert [tick.get_text() for tick in first.get_xticklabels()] == ["256", "512", "1,024"]
+    assert not any(tick.get_text() for tick in first.get_xticklabels(minor=True))
+
+
 # ---- the page
 
 
