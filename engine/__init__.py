@@ -11,6 +11,7 @@ _PUBLIC = {
     "SparseAutoencoder": "cocomix.sae",
     "ConceptTeacher": "cocomix.teacher",
     "LabelCache": "cocomix.labels",
+    "steer": "cocomix.steering",
 }
 __all__ = list(_PUBLIC)
 

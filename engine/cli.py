@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib.metadata
+import os
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ from cocomix.errors import CocomixError
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,10 +25,15 @@ def main(arguments: list[str] | None = None) -> int:
     wrapt.when_imported("transformers.utils.logging")(lambda logging: logging.disable_progress_bar())
     try:
         with _terminated_like_interrupted():
-            return options.run(options) or 0
+            code = options.run(options) or 0
+            sys.stdout.flush()
+            return code
     except CocomixError as error:
         print(f"cocomix {options.command}: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except BrokenPipeError:  # as in `cocomix plan ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        return EXIT_BROKEN_PIPE
     except OSError as error:
         if error.filename is None:
             raise
@@ -68,13 +75,7 @@ def _parse(arguments):
     _add_config_command(commands, "labels", _labels, "compute the cache of concept labels; goes on where it stopped")
     _add_plan(commands)
     _add_profile(commands)
-    evaluate = commands.add_parser("eval", help="validation perplexity of a checkpoint")
-    evaluate.add_argument("checkpoint", help="a transformers folder, a checkpoint, or the folder of a run")
-    evaluate.add_argument("--data", help="folder of token files (default: the one that the run was trained on)")
-    evaluate.add_argument("--seq-len", type=int, help="tokens in a window (default: the model's context length)")
-    evaluate.add_argument("--batch", type=int, default=8, help="windows in one forward pass (default: 8)")
-    evaluate.add_argument("--windows", type=int, default=0, help="windows to read (default: all)")
-    evaluate.set_defaults(run=_eval)
+    _add_eval(commands)
     _add_report(commands)
     _add_generate(commands)
     _add_concepts(commands)
@@ -112,6 +113,24 @@ def _add_report(commands):
                         help="compare them with an older file; what became slower beyond the noise is named")
     report.add_argument("--out", default="report", help="folder for report.html and its figures (default: report)")
     report.set_defaults(run=_report)
+
+
+def _add_eval(commands):
+    evaluate = commands.add_parser("eval", help="validation perplexity of checkpoints, or tasks of "
+                                                "lm-evaluation-harness with --tasks")
+    evaluate.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT",
+                          help="a transformers folder, a checkpoint, or the folder of a run")
+    evaluate.add_argument("--data", help="folder of token files (default: the one that the run was trained on)")
+    evaluate.add_argument("--seq-len", type=int, help="tokens in a window (default: the model's context length)")
+    evaluate.add_argument("--batch", type=int, default=8, help="windows in one forward pass (default: 8)")
+    evaluate.add_argument("--windows", type=int, default=0, help="windows to read (default: all)")
+    tasks = evaluate.add_argument_group("lm-evaluation-harness")
+    tasks.add_argument("--tasks", metavar="NAME[,NAME...]", help="for example lambada_openai,wikitext,hellaswag,piqa")
+    tasks.add_argument("--task-folder", metavar="FOLDER", help="with tasks of your own, in the harness's YAML files")
+    tasks.add_argument("--shots", type=int, metavar="N", help="examples before each question (default: the task's own)")
+    tasks.add_argument("--limit", type=_positive, metavar="N", help="documents of a task (default: all)")
+    tasks.add_argument("--out", metavar="FOLDER", help="for the results (default: in the run, or beside the model)")
+    evaluate.set_defaults(run=_eval)
 
 
 def _add_plan(commands):
@@ -283,9 +302,17 @@ def _export(options):
 
 
 def _eval(options):
+    if options.tasks:
+        from cocomix.tasks import TaskOptions, evaluate_tasks
+
+        names = tuple(dict.fromkeys(name.strip() for name in options.tasks.split(",") if name.strip()))
+        evaluate_tasks(options.checkpoints, TaskOptions(
+            names, options.task_folder, options.shots, options.limit, options.batch, options.out))
+        return
     from cocomix.evaluate import evaluate_checkpoint
 
-    evaluate_checkpoint(options.checkpoint, options.data, options.seq_len, options.batch, options.windows)
+    for checkpoint in options.checkpoints:
+        evaluate_checkpoint(checkpoint, options.data, options.seq_len, options.batch, options.windows)
 
 
 def _report(options):

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import ModelOutput
 from transformers.pytorch_utils import Conv1D
 
 from cocomix.config import MIXING
 from cocomix.kernels import concept_add, concept_head, concept_mix, interleaved_attention, linear_cross_entropy
+from cocomix.positions import attention_masks, prepare_cache, token_positions
 
 _NORM_EPS = 1e-5  # added to the standard deviation, after the root
 
@@ -200,8 +201,14 @@ class Block(nn.Module):
 class ConceptPredictor(nn.Linear):
     """W_p and b_p: the linear layer over concepts, with its TopK and its loss."""
 
+    steering = None  # what takes the place of `concept_head` while `cocomix.steer` changes the logits
+
     def forward(self, x, k, labels=None):
         """x [N, d], labels [N, K] or None -> `ConceptHead`."""
+        if self.steering is not None:
+            if self.training:
+                raise ValueError("a model is never steered while it trains: call eval(), or leave the steer() block")
+            return self.steering(x, self.weight, self.bias, k, labels)
         return concept_head(x, self.weight, self.bias, k, labels)
 
 
@@ -298,11 +305,13 @@ class CoCoMixModel(CoCoMixPreTrainedModel):
         `attention_mask` [B, past + T] is 0 at padding. Raises `ValueError` where past + T exceeds n_positions.
         """
         config = self.config
-        if past_key_values is None and use_cache:
-            past_key_values = DynamicCache()
-        n_past = self._cached_tokens(past_key_values)
-        positions = self._positions(input_ids, attention_mask, position_ids, n_past)
-        token_mask, doubled_mask = self._masks(input_ids, attention_mask, n_past)
+        if use_cache or past_key_values is not None:
+            past_key_values = prepare_cache(past_key_values, config.n_layer, config.doubled_from)
+        n_past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        self._check_length(n_past + input_ids.shape[1])
+        positions = token_positions(input_ids, attention_mask, n_past) if position_ids is None else position_ids
+        doubled = config.doubled_from < config.n_layer
+        token_mask, doubled_mask = attention_masks(input_ids, attention_mask, n_past, doubled)
         x = self.wte(input_ids) + self.wpe(positions)
         concepts, concept_queries = None, False
         for layer, block in enumerate(self.h):
@@ -331,44 +340,11 @@ class CoCoMixModel(CoCoMixPreTrainedModel):
         mixed = self.compress_layer(hidden, values, indices, self.pre_bias, mean, std, config.mixing)
         return mixed, {"concept_loss": head.loss, "concept_values": values, "concept_indices": indices}
 
-    def _cached_tokens(self, cache) -> int:
-        if cache is None:
-            return 0
-        return cache.get_seq_length(0) // (2 if self.config.doubled_from == 0 else 1)
-
-    def _positions(self, input_ids, attention_mask, position_ids, n_past):
-        end = n_past + input_ids.shape[1]
-        if end > self.config.n_positions:
+    def _check_length(self, length):
+        if length > self.config.n_positions:
             raise ValueError(
-                f"the sequence has {end} tokens but the model's context holds n_positions={self.config.n_positions}"
+                f"the sequence has {length} tokens but the model's context holds n_positions={self.config.n_positions}"
             )
-        if position_ids is not None:
-            return position_ids
-        if attention_mask is not None and attention_mask.dim() == 2:
-            return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, n_past:end]
-        return torch.arange(n_past, end, device=input_ids.device)
-
-    def _masks(self, input_ids, attention_mask, n_past):
-        """Explicit masks over tokens and over the doubled sequence; None where plain causal attention will do."""
-        padded = attention_mask is not None and not bool(attention_mask.all())
-        if n_past == 0 and not padded:
-            return None, None
-        keep = attention_mask.bool() if padded else None
-        token_mask = _causal_mask(n_past, input_ids.shape[1], keep, input_ids.device)
-        if self.config.doubled_from == self.config.n_layer:
-            return token_mask, None
-        keep = keep.repeat_interleave(2, dim=1) if padded else None
-        return token_mask, _causal_mask(2 * n_past, 2 * input_ids.shape[1], keep, input_ids.device)
-
-
-def _causal_mask(n_past, n_new, keep, device):  # bool [B or 1, 1, n_new, n_past + n_new], True where attended
-    keys = torch.arange(n_past + n_new, device=device)
-    queries = keys[n_past:, None]
-    mask = (keys <= queries)[None, None]
-    if keep is None:
-        return mask
-    # A padding position still sees itself: a row without any key would be NaN and spoil what it is a value for.
-    return (mask & keep[:, None, None, :]) | (keys == queries)
 
 
 class CoCoMixForCausalLM(CoCoMixPreTrainedModel, GenerationMixin):
@@ -384,13 +360,16 @@ class CoCoMixForCausalLM(CoCoMixPreTrainedModel, GenerationMixin):
 
     def forward(
         self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None, labels=None,
-        concept_labels=None, concept_token_count=None, return_logits=None, logits_to_keep=0, **_,
+        concept_labels=None, concept_token_count=None, num_items_in_batch=None, return_logits=None, logits_to_keep=0,
+        **_,
     ):
         """Next-token prediction and concept prediction.
 
         input_ids [B, T] int64; labels [B, T] (usually input_ids: shifted inside, -100 is ignored); concept_labels
         [B, T, K] (-1: none), ignored for mixing="none". `concept_token_count` replaces the number of labelled tokens
-        that the concept loss is divided by, so that micro batches add up to one batch. Logits are computed when
+        that the concept loss is divided by, so that micro batches add up to one batch. `num_items_in_batch`, which
+        transformers' Trainer passes, is the number of predicted tokens in all micro batches of a step: the losses are
+        then this micro batch's share, by predicted tokens, and add up to those of the step. Logits are computed when
         labels is None or `return_logits`, for the last `logits_to_keep` positions (0: all).
         """
         use_cache = self.config.use_cache and labels is None if use_cache is None else use_cache
@@ -401,10 +380,12 @@ class CoCoMixForCausalLM(CoCoMixPreTrainedModel, GenerationMixin):
         if labels is None or return_logits:
             logits = self.lm_head(hidden[:, -logits_to_keep:])
         if labels is not None:
-            ntp_loss = self._next_token_loss(hidden, labels)
+            ntp_loss = self._next_token_loss(hidden, labels, num_items_in_batch)
         if concept_loss is not None and concept_token_count is not None:
             labelled = (concept_labels >= 0).any(-1).sum()
             concept_loss = concept_loss * (labelled / concept_token_count)
+        if concept_loss is not None and num_items_in_batch is not None:
+            concept_loss = concept_loss * ((labels[:, 1:] != -100).sum() / num_items_in_batch)
         if ntp_loss is not None:
             loss = ntp_loss if concept_loss is None else ntp_loss + self.config.concept_loss_weight * concept_loss
         return CoCoMixCausalLMOutput(
@@ -413,10 +394,16 @@ class CoCoMixForCausalLM(CoCoMixPreTrainedModel, GenerationMixin):
             past_key_values=out.past_key_values if use_cache else None,
         )
 
-    def _next_token_loss(self, hidden, labels):
+    def _next_token_loss(self, hidden, labels, n_predicted_in_batch=None):
         if hidden.shape[1] < 2:  # a one-token window predicts nothing
             return hidden.sum() * 0.0
-        return self.lm_head(hidden[:, :-1], labels[:, 1:])
+        hidden, labels = hidden[:, :-1], labels[:, 1:]
+        if n_predicted_in_batch is None:
+            return self.lm_head(hidden, labels)
+        n_predicted = (labels != -100).sum()
+        if n_predicted == 0:
+            return hidden.sum() * 0.0
+        return self.lm_head(hidden, labels) * (n_predicted / n_predicted_in_batch)
 
     @classmethod
     def from_reference(cls, path_or_state_dict, *, concept_dim, insert_layer, concept_topk, n_head=None):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,7 @@ from run_helpers import SEQ_LEN, World
 from cocomix import cli
 from cocomix.cli import main
 
-COMMANDS = ("data", "train", "sae", "labels", "plan", "export", "eval", "report")
+COMMANDS = ("data", "train", "sae", "labels", "plan", "profile", "generate", "concepts", "export", "eval", "report")
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +94,17 @@ def test_help_names_the_commands_and_their_arguments(command, capsys):
         main([*command, "--help"])
     text = capsys.readouterr().out
     assert leave.value.code == 0
-    own = {"eval": ["checkpoint"], "export": ["OUT"], "report": ["RUN"]}
+    own = {"eval": ["checkpoint"], "export": ["OUT"], "report": ["RUN"], "generate": ["MODEL"], "concepts": ["MODEL"]}
     for name in COMMANDS if not command else own.get(command[0], ["CONFIG"]):
         assert name in text
     assert "local_rank" not in text
+
+
+def test_a_reader_that_leaves_early_gets_no_traceback():
+    command = f"{sys.executable} -m cocomix plan configs/openwebtext/69m.yaml --gpus 8 | true"
+    root = Path(__file__).parents[1]
+    done = subprocess.run(["bash", "-c", command], cwd=root, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
 def test_the_command_line_starts_without_heavy_imports():
