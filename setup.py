@@ -19,16 +19,19 @@ EXTRAS = {
     "train": ["deepspeed>=0.19,<0.20", "tensorboard>=2.17", "ninja>=1.11", "setuptools",
               "psutil"],  # the network interface between machines; DeepSpeed needs it too
     "report": ["matplotlib>=3.9"],  # `cocomix report`
-    "data": ["datasets>=4.0"],  # `hf:NAME` sources of `cocomix data`
+    "data": ["datasets>=4.0", "pyarrow>=15"],  # `hf:NAME` sources and Parquet files of `cocomix data`
+    # `cocomix eval --tasks`; the harness's adapter for transformers models imports accelerate
+    "eval": ["lm-eval>=0.4.13,<0.5", "accelerate>=1.1"],
     "wandb": ["wandb>=0.19"],  # train.wandb_project
     # on a GPU with PyTorch 2.11 or 2.12, which lack torch.nn.functional.linear_cross_entropy
     "liger": ["liger-kernel>=0.6"],
     "flash": ["flash-attn>=2.7"],
 }
-EXTRAS["all"] = EXTRAS["train"] + EXTRAS["report"] + EXTRAS["data"]
+EXTRAS["all"] = EXTRAS["train"] + EXTRAS["report"] + EXTRAS["data"] + EXTRAS["eval"]
 EXTRAS["dev"] = EXTRAS["all"] + [
     "pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=5", "ruff>=0.9",
     "pytest-xdist>=3.6",  # interpreted kernels are slow and take one core a process
+    "tiktoken>=0.7",  # token files are compared with what it makes of the same merges
 ]
 
 setup(

@@ -21,11 +21,13 @@ class DataConfig:
     """Text, tokenizer and token files."""
 
     folder: str = "data"  # train.bin, val.bin, meta.json and tokenizer/ live here
-    text: list[str] = field(default_factory=list)  # files, folders, "stdlib", "hf:NAME"
+    # files, folders, "stdlib", "hf:NAME[:SPLIT[:SUBSET]]", or mappings {path: ..., weight: ..., text_key: ...}
+    text: list[Any] = field(default_factory=list)
     text_key: str = "text"  # the field of JSONL records and dataset rows that holds the text
     tokenizer: str | None = None  # a folder or hub name; none: train a byte-level BPE on the text
     vocab_size: int = 4096  # of a tokenizer that is trained here
     max_tokens: int = 0  # stop after the document that reaches so many tokens; 0: take all text
+    processes: int = 1  # that tokenize, which together use all cores; several are faster where there are many cores
     val_fraction: float = 0.05  # share of the text, in whole documents, that is held out for validation
     seq_len: int = 1024  # T: tokens in a window
 
@@ -50,6 +52,7 @@ class TeacherConfig:
 
     model: str | None = None  # a transformers folder or hub name
     sae: str | None = None  # an SAE file or folder; `cocomix sae` writes it
+    sae_k: int | None = None  # keep at most so many latents a token; null: a TopK SAE's own k, 32 of any other SAE
     layer: int = 5  # m, 0-based
     label_topk: int = 4  # K
     dtype: str = "fp32"  # of the teacher's forward and backward pass
@@ -214,7 +217,8 @@ def _check_keys(node, schema, where: str, prefix: str = "") -> None:
 
 
 _POSITIVE = (
-    "data.vocab_size", "model.n_embd", "model.n_layer", "model.n_head", "model.concept_dim", "model.concept_topk",
+    "data.vocab_size", "data.processes",
+    "model.n_embd", "model.n_layer", "model.n_head", "model.concept_dim", "model.concept_topk",
     "teacher.label_topk", "sae.n_latents", "sae.k", "sae.tokens", "sae.batch_tokens", "sae.lr",
     "sae.dead_after_tokens", "labels.shard_windows", "train.tokens", "train.global_batch", "train.micro_batch",
     "train.lr", "train.eps", "train.grad_clip", "train.log_every", "train.eval_every", "train.save_every",

@@ -22,12 +22,11 @@ from cocomix.config import DataConfig
 from cocomix.errors import CocomixError
 from cocomix.files import atomic_folder, atomic_write, read_json, require_space, sha256_of_file, write_json
 from cocomix.mapped_file import MappedFile
+from cocomix.sources import Source, open_sources
 from cocomix.text import (
     TOKEN_DTYPE,
     Piece,
-    Source,
     load_tokenizer,
-    open_sources,
     pieces,
     require_text,
     tokenize,
@@ -66,6 +65,9 @@ def prepare(config: DataConfig) -> "TokenFiles":
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else _train_tokenizer(config, sources)
     vocab_size = vocab_size_of(tokenizer)
     splits = _write_token_files(folder, config, sources, tokenizer)
+    for source in sources:
+        if source.ended_with:
+            print(f"{source.name} ends with {source.ended_with}, all of which is in it")
     _save_tokenizer(tokenizer, config.tokenizer, folder / "tokenizer")
     write_json(folder / "meta.json", {
         "format": FORMAT, "dtype": "uint16", "vocab_size": vocab_size, "eot_id": tokenizer.eos_token_id,
@@ -178,7 +180,7 @@ def _write_token_files(folder: Path, config: DataConfig, sources: list[Source], 
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(atomic_write(folder / f"{name}.bin")) for name in SPLITS}
         progress = stack.enter_context(_progress(sources, "tokens"))
-        for piece, ids in tokenize(_shown(pieces(sources), progress), tokenizer):
+        for piece, ids in tokenize(_shown(pieces(sources), progress), tokenizer, config.processes):
             name = side(piece)
             files[name].write(ids.tobytes())
             count = counts[name]

@@ -12,6 +12,7 @@ from cocomix.errors import CocomixError
 # rounding, where the work is split otherwise); the second one steers it on purpose.
 MAY_CHANGE = (
     "out", "data.folder", "data.text", "data.text_key", "data.tokenizer", "data.vocab_size", "data.max_tokens",
+    "data.processes",
     "data.val_fraction", "teacher.model", "teacher.sae", "sae", "labels", "train.run", "train.micro_batch",
     "train.zero_stage", "train.offload_optimizer", "train.activation_checkpointing", "train.compile",
     "train.attention_backend",

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from cocomix.config import Config, SaeConfig
@@ -25,16 +26,22 @@ from cocomix.data import TokenFiles, WindowOrder
 from cocomix.errors import CocomixError
 from cocomix.files import atomic_write, require_space
 from cocomix.kernels import topk_linear
-from cocomix.sae import SparseAutoencoder, read_saved_config
-from cocomix.teacher import DTYPES, check_layer, fingerprint, load_language_model, residual_stream
+from cocomix.kernels.chunking import row_chunks
+from cocomix.sae import SparseAutoencoder
+from cocomix.sae_formats import read_saved_config
+from cocomix.sae_metrics import evaluate, firing_counts, losses_under_reconstruction
+from cocomix.teacher import DTYPES, check_head, check_layer, fingerprint, load_language_model, residual_stream
 
 GRAD_CLIP = 1.0
 DECAY_SHARE = 0.2  # of the steps, at the end, over which the learning rate falls to zero
 BUFFER_BATCHES = 16  # batches' worth of activations that are shuffled together
 EVAL_TOKENS = 2**18  # at most so many validation tokens are read
+LOSS_TOKENS = 2**15  # and so many go through the whole language model, three times
 TEACHER_TOKENS = 8192  # tokens in one forward pass of the teacher
 STATE_SECONDS = 30.0  # between two saves of the training state
 SHOW_EVERY = 10  # steps between two updates of the progress bar, each of which waits for the device
+# Reading k rows a token takes as long as a product with so many times k rows that all tokens share.
+_DENSE_LATENTS = 32
 _SMOOTHING = 0.95  # of the figures that the progress bar shows
 
 
@@ -149,20 +156,30 @@ def sae_loss(
     aux_k = min(config.aux_k, len(dead))
     if aux_k > 0:
         left_over = (x_hat - reconstruction).detach()
-        aux_values, among_dead = topk_linear(x_hat - sae.pre_bias, sae.W_enc[dead], sae.latent_bias[dead], aux_k,
-                                             relu=True)
-        aux = F.embedding_bag(dead[among_dead], sae.decoder, per_sample_weights=aux_values, mode="sum")
+        aux = _strongest_of(dead, sae, x_hat - sae.pre_bias, aux_k)
         loss = loss + config.aux_weight * _normalized_mse(aux, left_over)
-    return loss, unexplained.detach(), _firing_counts(values.detach(), indices, sae.n_latents)
+    return loss, unexplained.detach(), firing_counts(values.detach(), indices, sae.n_latents)
+
+
+def _strongest_of(dead: Tensor, sae: SparseAutoencoder, x: Tensor, k: int) -> Tensor:
+    """What the k largest of the `dead` latents [n_dead] give for x [n, d], without pre_bias: [n, d]."""
+    encoder, bias, decoder = sae.W_enc[dead], sae.latent_bias[dead], sae.decoder[dead]
+    if len(dead) > _DENSE_LATENTS * k:
+        values, indices = topk_linear(x, encoder, bias, k, relu=True)
+        return F.embedding_bag(indices, decoder, per_sample_weights=values, mode="sum")
+    parts = [checkpoint(_dense_topk, x[rows], encoder, bias, decoder, k, use_reentrant=False)
+             for rows in row_chunks(len(x), 16 * len(dead), x.device)]
+    return torch.cat(parts)
+
+
+def _dense_topk(x, encoder, bias, decoder, k):
+    pre = F.linear(x, encoder, bias)
+    kept = pre.topk(k, dim=1)
+    return torch.zeros_like(pre).scatter(1, kept.indices, kept.values.relu()) @ decoder
 
 
 def _normalized_mse(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction - target).square().sum() / (target - target.mean(0)).square().sum()
-
-
-def _firing_counts(values: Tensor, indices: Tensor, n_latents: int) -> Tensor:
-    counts = torch.zeros(n_latents, device=values.device)
-    return counts.index_add_(0, indices.flatten(), (values > 0).flatten().float())
 
 
 def _lr_factor(step: int, config: SaeConfig) -> float:
@@ -211,37 +228,6 @@ def shuffled_batches(
         offset = 0
 
 
-@torch.no_grad()
-def evaluate(sae: SparseAutoencoder, activations: Iterable[Tensor], silent: Tensor | None = None) -> dict:
-    """Metrics of an SAE on raw activations, batches [n, d].
-
-    explained_variance: 1 - squared error / total variance of the normalised inputs about their mean. l0: active
-    latents a token. dead_share: latents that never fired here and, with `silent` [C] bool, are marked there too.
-    tokens: rows that were read.
-    """
-    device = sae.W_enc.device
-    error, squares = torch.zeros(2, dtype=torch.float64, device=device)
-    total = torch.zeros(sae.d_model, dtype=torch.float64, device=device)
-    fired = torch.zeros(sae.n_latents, dtype=torch.float64, device=device)
-    n = 0
-    for batch in activations:
-        x_hat = sae.normalize(batch.to(device))[0]
-        values, indices = sae.encode_normalized(x_hat)
-        error += (sae.decode(values, indices) - x_hat).square().sum()
-        squares += x_hat.square().sum()
-        total += x_hat.sum(0)
-        fired += _firing_counts(values, indices, sae.n_latents)
-        n += len(batch)
-    variance = squares - total.square().sum() / n
-    dead = fired == 0 if silent is None else (fired == 0) & silent
-    return {
-        "explained_variance": 1 - (error / variance).item(),
-        "l0": fired.sum().item() / n,
-        "dead_share": dead.double().mean().item(),
-        "tokens": n,
-    }
-
-
 def save_state(path, state: TrainingState, identity: dict) -> None:
     """Write the state to `path`, atomically, readable with `weights_only=True`. `identity`: what is being trained."""
     content = {
@@ -284,10 +270,10 @@ def load_state(path, d_model: int, config: SaeConfig, device, identity: dict) ->
 def run(config: Config) -> dict:
     """`cocomix sae`: train an SAE on block `teacher.layer` of `teacher.model` and save it to `teacher.sae`.
 
-    Returns the metrics on the validation split. Goes on from `<teacher.sae>.partial.pt` where an earlier run of the
-    same settings, teacher and data was interrupted; returns at once when that SAE is already there. Raises
-    `CocomixError` for settings that do not fit the teacher or the data, and for a `teacher.sae` that holds anything
-    else.
+    Returns the metrics on the validation split (those of `sae_metrics`). Goes on from `<teacher.sae>.partial.pt` where
+    an earlier run of the same settings, teacher and data was interrupted; returns at once when that SAE is already
+    there. Raises `CocomixError` for settings that do not fit the teacher or the data, and for a `teacher.sae` that
+    holds anything else.
     """
     folder = _output_folder(config)
     tokens = TokenFiles.open(config.data.folder)
@@ -297,12 +283,14 @@ def run(config: Config) -> dict:
     identity = _identity(config, model, tokens)
     metrics = _finished_metrics(folder, identity)
     if metrics is not None:
+        _partial_path(folder).unlink(missing_ok=True)  # a kill may have come between the last save and this
         print(f"{folder} already holds this SAE: {_summary(metrics)}")
         return metrics
     stream = _ResidualStream(model, tokens, config, device)
     state = _train(config, stream, folder, identity, device)
     horizon = min(config.sae.dead_after_tokens, state.step * config.sae.batch_tokens)
     metrics = evaluate(state.sae, stream.validation(), state.silent_tokens >= horizon)
+    metrics |= losses_under_reconstruction(model, config.teacher.layer, state.sae, stream.validation_windows())
     state.sae.save(folder, metrics=metrics, training=identity)
     _partial_path(folder).unlink(missing_ok=True)
     print(f"{folder}: {_summary(metrics)}")
@@ -353,11 +341,21 @@ class _ResidualStream:
         return shuffled_batches(read_block, n_windows * seq_len, sae.batch_tokens, sae.seed, start_step)
 
     def validation(self) -> Iterator[Tensor]:
-        """Validation windows once each, or as many of them, evenly spread, as EVAL_TOKENS allows."""
-        seq_len, split = self.config.data.seq_len, self._splits["val"]
-        n_windows = split.n_windows(seq_len)
-        n_read = min(n_windows, max(1, EVAL_TOKENS // seq_len))
-        return self._residuals(split, np.linspace(0, n_windows - 1, n_read, dtype=np.int64))
+        """Activations of validation windows once each, or of as many, evenly spread, as EVAL_TOKENS allows."""
+        split = self._splits["val"]
+        return self._residuals(split, self._spread(split, EVAL_TOKENS))
+
+    def validation_windows(self) -> Iterator[Tensor]:
+        """Token ids [1, seq_len] of validation windows, as many, evenly spread, as LOSS_TOKENS allows."""
+        split = self._splits["val"]
+        for index in self._spread(split, LOSS_TOKENS):
+            window = split.window(int(index), self.config.data.seq_len)
+            yield torch.as_tensor(window)[None].to(self.device)
+
+    def _spread(self, split, max_tokens) -> np.ndarray:
+        n_windows = split.n_windows(self.config.data.seq_len)
+        n_read = min(n_windows, max(1, max_tokens // self.config.data.seq_len))
+        return np.linspace(0, n_windows - 1, n_read, dtype=np.int64)
 
     def _residuals(self, split, windows) -> Iterator[Tensor]:
         seq_len = self.config.data.seq_len
@@ -391,6 +389,7 @@ def _partial_path(folder: Path) -> Path:
 
 def _check_teacher(model, tokens, config: Config) -> None:
     check_layer(model, config.teacher.layer)
+    check_head(model)
     vocabulary, context = model.config.vocab_size, getattr(model.config, "max_position_embeddings", None)
     if vocabulary < tokens.vocab_size:
         raise CocomixError(f"{config.teacher.model} knows {vocabulary} tokens, but the token files in "

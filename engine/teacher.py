@@ -76,6 +76,16 @@ def check_layer(model: nn.Module, layer: int) -> None:
         raise CocomixError(f"teacher.layer is {layer} but the teacher has blocks 0 to {n_layer - 1}")
 
 
+def check_head(model: nn.Module) -> None:
+    """Raise `CocomixError` where logits are more than one product of the last hidden states with a matrix."""
+    head = model.get_output_embeddings()
+    rescaled = any(getattr(model.config, name, None) not in (None, 1.0) for name in _LOGIT_SETTINGS)
+    if getattr(head, "bias", None) is not None or rescaled:
+        raise CocomixError(
+            f"a {model.config.model_type} teacher is not supported: its head is more than one matrix product"
+        )
+
+
 class _Reached(Exception):
     """Ends a forward pass once the wanted block has run."""
 
@@ -115,16 +125,11 @@ class ConceptTeacher:
                 f"the SAE reads vectors of {sae.d_model} but the teacher's residual stream has {width}: "
                 "it was trained on another model"
             )
-        head = model.get_output_embeddings()
-        rescaled = any(getattr(model.config, name, None) not in (None, 1.0) for name in _LOGIT_SETTINGS)
-        if getattr(head, "bias", None) is not None or rescaled:
-            raise CocomixError(
-                f"a {model.config.model_type} teacher is not supported: its head is more than one matrix product"
-            )
+        check_head(model)
         self.model = model.requires_grad_(False).eval()
         self.sae = sae.requires_grad_(False).eval()
         self.layer, self.label_topk = layer, label_topk
-        self._block, self._head_weight = transformer_blocks(model)[layer], head.weight
+        self._block, self._head_weight = transformer_blocks(model)[layer], model.get_output_embeddings().weight
 
     @classmethod
     def from_config(cls, config: TeacherConfig, device: torch.device) -> "ConceptTeacher":
@@ -136,7 +141,7 @@ class ConceptTeacher:
                 raise CocomixError(f"concept labels need teacher.{key}: set it to a path")
         dtype = DTYPES[config.dtype]
         model = load_language_model(config.model).to(device, dtype)
-        sae = SparseAutoencoder.load(config.sae).to(device, dtype)
+        sae = SparseAutoencoder.load(config.sae, config.sae_k).to(device, dtype)
         return cls(model, sae, config.layer, config.label_topk)
 
     @property

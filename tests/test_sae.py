@@ -5,13 +5,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from kernel_helpers import set_chunk_bytes, trace
 from safetensors.torch import save_file
 
 from cocomix.errors import CocomixError
 from cocomix.sae import SparseAutoencoder
 
-GOLDEN = Path(__file__).parent / "data" / "sae_golden.pt"
+DATA = Path(__file__).parent / "data"
+GOLDEN = DATA / "sae_golden.pt"
 C, D, K = 40, 12, 5
+SAELENS = ("topk", "topk_5", "topk_layer_norm", "topk_rescaled", "standard", "standard_constant_norm", "jumprelu",
+           "jumprelu_layer_norm")
+TOPK_FILES = ("openai_topk.pt", "sparsify", *(f"saelens_{name}" for name in SAELENS[:4]))
+THRESHOLD_FILES = ("openai_relu.pt", *(f"saelens_{name}" for name in SAELENS[4:]))
 
 
 def random_sae(normalize=True, seed=0):
@@ -27,7 +33,7 @@ def activations(*shape):
 def dense_latents(x, sae):
     """As the method writes it, in float64: [..., C] with zeros."""
     x = x.double()
-    if sae.input_normalization:
+    if sae.normalization == "layer_norm":
         centred = x - x.mean(-1, keepdim=True)
         x = centred / ((centred.square().sum(-1, keepdim=True) / (x.shape[-1] - 1)).sqrt() + 1e-5)
     pre = (x - sae.pre_bias.double()) @ sae.W_enc.double().T + sae.latent_bias.double()
@@ -63,6 +69,97 @@ def openai_content(sae):
     return {"encoder.weight": sae.W_enc.detach(), "latent_bias": sae.latent_bias.detach(),
             "pre_bias": sae.pre_bias.detach(), "decoder.weight": sae.decoder.detach().T.contiguous(),
             "activation": "TopK", "activation_state_dict": {"k": K, "postact_fn": "ReLU"}}
+
+
+# --- other programs' files: `tests/data/make_sae_files.py` wrote down what those programs make of them
+
+
+def expected_of(name):
+    """Activations, and the other program's dense latents and reconstruction."""
+    with np.load(DATA / "saes" / "expected.npz") as arrays:
+        return [torch.from_numpy(arrays[key]) for key in ("x", f"{name}.latents", f"{name}.reconstruction")]
+
+
+def largest(latents, k):
+    kept = latents.topk(k, -1)
+    return torch.zeros_like(latents).scatter(-1, kept.indices, kept.values)
+
+
+@pytest.mark.parametrize("name", TOPK_FILES)
+def test_a_topk_file_encodes_and_reconstructs_as_its_own_program_does(name):
+    sae, (x, latents, reconstruction) = SparseAutoencoder.load(DATA / "saes" / name), expected_of(name)
+    assert sae.k == K and (latents > 0).sum(-1).max() == K
+    torch.testing.assert_close(scattered(*sae.encode(x)).float(), latents, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sae(x), reconstruction, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", THRESHOLD_FILES)
+def test_a_relu_or_jumprelu_file_keeps_its_own_threshold_and_at_most_k_latents(name):
+    x, latents, reconstruction = expected_of(name)
+    active = int((latents > 0).sum(-1).max())
+    assert K < active < C
+    whole = SparseAutoencoder.load(DATA / "saes" / name)
+    assert whole.k == 32 >= active  # as many as the paper keeps, where the file does not say
+    torch.testing.assert_close(scattered(*whole.encode(x)).float(), latents, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(whole(x), reconstruction, rtol=1e-4, atol=1e-3)
+    few = SparseAutoencoder.load(DATA / "saes" / name, k=K)
+    values, indices = few.encode(x)
+    assert values.shape[-1] == K and (values[:, :-1] >= values[:, 1:]).all()
+    torch.testing.assert_close(scattered(values, indices).float(), largest(latents, K), rtol=1e-4, atol=1e-4)
+
+
+def test_a_jumprelu_latent_below_its_high_threshold_takes_no_place():
+    """The k largest of the active ones, not the active ones of the k largest."""
+    sae = SparseAutoencoder(torch.tensor([[5.0], [4.0], [1.0]]), torch.zeros(3), torch.zeros(1), torch.ones(3, 1), 1,
+                            normalize=False, threshold=torch.tensor([6.0, 4.0, 0.5]))
+    values, indices = sae.encode(torch.tensor([[1.0], [0.1], [-1.0]]))
+    assert values.tolist() == [[1.0], [0.0], [0.0]]  # a latent that equals its threshold is not active
+    assert indices[0].tolist() == [2]
+
+
+def test_jumprelu_latents_are_held_for_a_chunk_of_tokens_only(monkeypatch):
+    set_chunk_bytes(monkeypatch, 2**16)
+    sae = SparseAutoencoder(torch.randn(1024, D), torch.zeros(1024), torch.zeros(D), torch.randn(1024, D), K,
+                            normalize=True, threshold=torch.ones(1024))
+    with torch.no_grad():
+        x, found = activations(512), []
+        _, _, largest_bytes = trace(lambda: found.extend(sae.encode(x)))
+        assert largest_bytes < 512 * 1024 * 4 / 4
+        pre = (sae.normalize(x)[0] - sae.pre_bias) @ sae.W_enc.T
+    torch.testing.assert_close(scattered(*found, width=1024).float(), largest(pre * (pre > 1), K))
+
+
+@pytest.mark.parametrize(("own", "asked", "kept"), [("sparsify", 3, 3), ("sparsify", 30, K), ("openai_relu.pt", 7, 7)])
+def test_at_most_k_latents_are_kept_and_never_more_than_a_topk_file_has(own, asked, kept):
+    assert SparseAutoencoder.load(DATA / "saes" / own, k=asked).k == kept
+
+
+@pytest.mark.parametrize("k", [0, C + 1])
+def test_a_k_that_does_not_fit_is_refused(k):
+    with pytest.raises(CocomixError, match=f"openai_relu.pt: the SAE's k is {k}; .* from 1 to its {C} latents"):
+        SparseAutoencoder.load(DATA / "saes" / "openai_relu.pt", k=k)
+
+
+@pytest.mark.parametrize("name", ["saelens_jumprelu_layer_norm", "saelens_standard_constant_norm"])
+def test_thresholds_and_normalisation_survive_saving(tmp_path, name):
+    sae = SparseAutoencoder.load(DATA / "saes" / name)
+    sae.save(tmp_path / "own")
+    again, x = SparseAutoencoder.load(tmp_path / "own"), expected_of(name)[0]
+    assert again.fingerprint() == sae.fingerprint() and again.normalization == sae.normalization
+    assert all(torch.equal(a, b) for a, b in zip(again.encode(x), sae.encode(x), strict=True))
+    if sae.threshold is not None:
+        again.threshold += 1e-3
+        assert again.fingerprint() != sae.fingerprint()
+
+
+def test_constant_norm_of_a_zero_vector_is_zero():
+    x_hat, _, scale = SparseAutoencoder.load(DATA / "saes" / "saelens_standard_constant_norm").normalize(
+        torch.stack([torch.zeros(D), torch.full((D,), -3.0)]))
+    assert x_hat.tolist() == [[0.0] * D, [-1.0] * D]
+    assert scale.tolist() == [[0.0], [3.0]]
+
+
+# --- the formula
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -126,7 +223,7 @@ def test_gradients_reach_every_parameter_through_decode():
 def test_openai_file_loads_with_its_k_and_normalisation():
     sae = SparseAutoencoder.load(GOLDEN)
     content = torch.load(GOLDEN, weights_only=True)
-    assert (sae.d_model, sae.n_latents, sae.k, sae.input_normalization) == (32, 128, 8, True)
+    assert (sae.d_model, sae.n_latents, sae.k, sae.normalization) == (32, 128, 8, "layer_norm")
     assert torch.equal(sae.W_enc, content["encoder.weight"]) and torch.equal(sae.decoder, content["decoder.weight"].T)
     assert torch.equal(sae.pre_bias, content["pre_bias"]) and torch.equal(sae.latent_bias, content["latent_bias"])
 
@@ -177,7 +274,7 @@ def test_saving_and_loading_changes_nothing(tmp_path, normalize):
     sae.save(tmp_path / "deep" / "sae", metrics={"l0": 5.0})
     loaded = SparseAutoencoder.load(tmp_path / "deep" / "sae")
     assert all(torch.equal(a, b) for a, b in zip(sae.parameters(), loaded.parameters(), strict=True))
-    assert (loaded.k, loaded.input_normalization) == (K, normalize)
+    assert (loaded.k, loaded.normalization) == (K, sae.normalization)
     config = json.loads((tmp_path / "deep" / "sae" / "config.json").read_text())
     assert config["format"] == "cocomix-sae" and config["metrics"] == {"l0": 5.0}
 
@@ -226,10 +323,13 @@ def test_sparsify_variants_are_refused_by_name(tmp_path, change, words):
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"architecture": "jumprelu"}, "jumprelu.*topk is"),
-    ({"normalize_activations": "expected_average_only_in"}, "expected_average_only_in.*layer_norm"),
-    ({"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm"),
-    ({"reshape_activations": "hook_z"}, "attention heads"), ({"k": None}, "k is None"), ({"k": 0}, "k is 0"),
+    ({"architecture": "gated"}, "gated.*topk, standard and jumprelu are"),
+    ({"architecture": "jumprelu"}, "missing threshold"),
+    ({"architecture": "standard", "activation_fn_str": "tanh-relu"}, "tanh-relu.*relu and topk are"),
+    ({"normalize_activations": "expected_average_only_in"}, "expected_average_only_in.*layer_norm.*fold them"),
+    ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor"),
+    ({"reshape_activations": "hook_z"}, "attention heads"), ({"hook_name": "blocks.0.attn.hook_z"}, "attention heads"),
+    ({"k": None}, "cfg.json names no k"), ({"k": 0}, "k is 0"),
 ])
 def test_saelens_variants_are_refused_by_name(tmp_path, change, words):
     with pytest.raises(CocomixError, match=words):
@@ -272,7 +372,7 @@ def test_a_torch_file_without_an_sae_is_refused(tmp_path, content):
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"activation": "ReLU"}, "'ReLU'; only TopK"),
+    ({"activation": "Identity"}, "'Identity'; TopK and ReLU"),
     ({"activation_state_dict": {"k": K, "postact_fn": "Identity"}}, "Identity"),
     ({"activation_state_dict": {}}, "k is missing"), ({"pre_bias": None}, "missing pre_bias"),
     ({"pre_bias": torch.zeros(D + 1)}, "contradict"), ({"latent_bias": torch.zeros(C - 1)}, "contradict"),
@@ -326,7 +426,8 @@ def test_truncated_safetensors_are_reported(tmp_path, keep):
 
 @pytest.mark.parametrize(("change", "words"), [
     ({"format": "other"}, "format 'other'"), ({"version": 2}, "version 2.*reads version 1"),
-    ({"n_latents": C + 1}, "not of one SAE"), ({"k": "many"}, "k is 'many'"),
+    ({"n_latents": C + 1}, "not of one SAE"), ({"k": "many"}, "k is 'many'"), ({"k": None}, "config.json names no k"),
+    ({"normalize": "batch"}, "normalisation is 'batch'; known are none, layer_norm"),
 ])
 def test_own_config_that_contradicts_the_tensors_is_refused(tmp_path, change, words):
     random_sae().save(tmp_path)

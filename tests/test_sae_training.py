@@ -1,10 +1,16 @@
 import json
+import signal
+import subprocess
+import sys
+import weakref
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from kernel_helpers import set_chunk_bytes
 from torch.nn import functional as F
 
 from cocomix import sae_training
@@ -12,7 +18,8 @@ from cocomix.config import Config, DataConfig, SaeConfig, TeacherConfig
 from cocomix.data import prepare
 from cocomix.errors import CocomixError
 from cocomix.sae import SparseAutoencoder
-from cocomix.sae_training import evaluate, new_state, run, sae_loss, shuffled_batches, train_sae
+from cocomix.sae_metrics import evaluate, losses_under_reconstruction
+from cocomix.sae_training import new_state, run, sae_loss, shuffled_batches, train_sae
 
 D, N_FEATURES, ACTIVE = 32, 64, 3
 VOCAB, SEQ_LEN, WIDTH = 270, 16, 24
@@ -83,8 +90,13 @@ def dense_loss(x_hat, W_enc, latent_bias, pre_bias, decoder, dead, config):
     return normalized(reconstruction, x_hat) + config.aux_weight * aux
 
 
+@pytest.mark.parametrize("way", ["products", "products in chunks", "rows"])
 @pytest.mark.parametrize("n_dead", [40, 7], ids=["more dead than aux_k", "fewer"])
-def test_loss_and_all_gradients_equal_a_dense_version(n_dead):
+def test_loss_and_all_gradients_equal_a_dense_version(n_dead, way, monkeypatch):
+    if way == "rows":
+        monkeypatch.setattr(sae_training, "_DENSE_LATENTS", 0)
+    elif way == "products in chunks":
+        set_chunk_bytes(monkeypatch, 2**13)
     config = small_config(aux_weight=0.5)
     sae = new_state(D, config).sae.double()
     with torch.no_grad():
@@ -201,6 +213,56 @@ def test_evaluate_counts_variance_activity_and_deadness_over_all_batches():
     assert found["dead_share"] == pytest.approx((unfired - 4) / 96)
 
 
+def teacher_and_windows():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(3)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=32, n_embd=D, n_layer=3, n_head=2,
+                                       initializer_range=0.2)).eval()
+    return model, [torch.randint(50, (n, length)) for n, length in ((2, 16), (1, 9))]
+
+
+@torch.no_grad()
+def naive_losses(model, layer, sae, windows):
+    """The blocks one by one, and logits, as a check of the hooks."""
+    def loss(ids, change):
+        x = model.transformer.wte(ids) + model.transformer.wpe.weight[: ids.shape[1]]
+        for number, block in enumerate(model.transformer.h):
+            x = block(x)
+            x = x[0] if isinstance(x, tuple) else x
+            x = change(x) if number == layer else x
+        logits = model.lm_head(model.transformer.ln_f(x))
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+
+    count = sum(ids[:, 1:].numel() for ids in windows)
+    return [float(sum(loss(ids, change) for ids in windows)) / count for change in (
+        lambda x: x, sae, torch.zeros_like)]
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_losses_with_the_reconstruction_in_place_of_the_activation(layer):
+    model, windows = teacher_and_windows()
+    sae = new_state(D, small_config()).sae
+    found = losses_under_reconstruction(model, layer, sae, windows)
+    clean, reconstructed, zeroed = naive_losses(model, layer, sae, windows)
+    assert len({clean, reconstructed, zeroed}) == 3
+    assert found["loss_clean"] == pytest.approx(clean, rel=1e-5)
+    assert found["loss_reconstructed"] == pytest.approx(reconstructed, rel=1e-5)
+    assert found["loss_zeroed"] == pytest.approx(zeroed, rel=1e-5)
+    assert found["loss_recovered"] == pytest.approx((zeroed - reconstructed) / (zeroed - clean), abs=1e-3)
+    assert not model.transformer.h[layer]._forward_hooks
+
+
+def test_a_perfect_reconstruction_recovers_the_whole_loss_and_a_useless_one_none():
+    model, windows = teacher_and_windows()
+    eye = torch.eye(D)
+    perfect = SparseAutoencoder(torch.cat([eye, -eye]), torch.zeros(2 * D), torch.zeros(D), torch.cat([eye, -eye]),
+                                2 * D, normalize=False)
+    useless = SparseAutoencoder(eye, torch.full((D,), -1e6), torch.zeros(D), eye, D, normalize=False)
+    assert losses_under_reconstruction(model, 1, perfect, windows)["loss_recovered"] == pytest.approx(1, abs=1e-4)
+    assert losses_under_reconstruction(model, 1, useless, windows)["loss_recovered"] == 0
+
+
 def write_teacher(folder, vocab_size=VOCAB):
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -254,11 +316,14 @@ def test_run_trains_on_the_teacher_and_saves_metrics_and_settings(config, token_
     metrics = run(config)
     sae = SparseAutoencoder.load(tmp_path / "sae")
     saved = json.loads((tmp_path / "sae" / "config.json").read_text())
-    assert (sae.d_model, sae.n_latents, sae.k, sae.input_normalization) == (WIDTH, 64, 4, True)
+    assert (sae.d_model, sae.n_latents, sae.k, sae.normalization) == (WIDTH, 64, 4, "layer_norm")
     assert saved["metrics"] == metrics and saved["training"]["teacher.layer"] == 1
     assert metrics["tokens"] == token_files.split("val").n_windows(SEQ_LEN) * SEQ_LEN
     assert metrics["explained_variance"] > 0.2
-    assert "explained variance" in capsys.readouterr().out
+    recovered = metrics["loss_zeroed"] - metrics["loss_reconstructed"]
+    assert metrics["loss_recovered"] == recovered / (metrics["loss_zeroed"] - metrics["loss_clean"])
+    shown = capsys.readouterr().out
+    assert all(f"{name} " in shown for name in ("explained variance", "l0", "dead share", "loss recovered"))
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["sae"]
 
 
@@ -306,6 +371,80 @@ def test_a_damaged_partial_state_is_reported(config, tmp_path):
         run(config)
 
 
+def test_activations_stream_through_a_bounded_buffer(config, monkeypatch):
+    """However long the training, no more than two blocks of activations live at a time."""
+    living, most = set(), []
+    original = sae_training.shuffled_batches
+
+    def watched(read_block, *arguments):
+        def read(index):
+            block = read_block(index)
+            assert len(block) == sae_training.math.ceil(3 * 100 / SEQ_LEN) * SEQ_LEN
+            living.add(index)
+            weakref.finalize(block, living.discard, index)
+            most.append(len(living))
+            return block
+
+        return original(read, *arguments)
+
+    monkeypatch.setattr(sae_training, "shuffled_batches", watched)
+    run(config)
+    assert len(most) >= 10 and max(most) <= 2
+
+
+KILLED = """
+import os, signal, sys
+from cocomix import sae_training
+from cocomix.config import load_config
+sae_training.STATE_SECONDS, sae_training.BUFFER_BATCHES, kill_at = 0.0, 3, int(sys.argv[2])
+count = 0
+
+def counted(function):
+    def call(*arguments, **settings):
+        global count
+        count += 1
+        if count == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **settings)
+    return call
+
+# what comes between two changes of the disk
+for module, name in ((os, "replace"), (os, "fsync"), (sae_training, "train_step"), (sae_training.Path, "unlink")):
+    setattr(module, name, counted(getattr(module, name)))
+sae_training.run(load_config(sys.argv[1], sys.argv[3:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_training_that_is_killed_anywhere_goes_on_to_the_same_bytes(config, tmp_path):
+    names = {"data.folder": config.data.folder, "data.seq_len": SEQ_LEN, "teacher.model": config.teacher.model,
+             "teacher.layer": 1, **{f"sae.{name}": value for name, value in vars(config.sae).items()}}
+    (tmp_path / "empty.yaml").write_text("{}")
+
+    def start(folder, kill_at):
+        command = [sys.executable, "-c", KILLED, str(tmp_path / "empty.yaml"), str(kill_at),
+                   f"teacher.sae={tmp_path / folder}", *(f"{name}={value}" for name, value in names.items())]
+        return subprocess.run(command, capture_output=True, text=True, timeout=100)
+
+    names["sae.tokens"] = 400
+    done = start("whole", 0)
+    assert done.returncode == 0, done.stderr
+    kills = 0
+    while start("killed", 3 + 2 * kills).returncode == -signal.SIGKILL:
+        kills += 1
+    assert kills >= 3
+    for name in ("sae.safetensors", "config.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (tmp_path / "killed.partial.pt").exists()
+
+
+def test_what_is_left_of_a_finished_training_is_cleared_away(config, tmp_path):
+    run(config)
+    (tmp_path / "sae.partial.pt").write_bytes(b"left over by a kill")
+    run(config)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["sae"]
+
+
 def test_a_finished_sae_is_not_trained_again(config, tmp_path, monkeypatch, capsys):
     metrics = run(config)
     interrupt_at(monkeypatch, 0)
@@ -342,6 +481,16 @@ def test_teacher_settings_that_do_not_fit_are_errors(config, change, words):
         run(replace(config, teacher=replace(config.teacher, **change)))
 
 
+def test_a_teacher_whose_loss_could_not_be_told_is_refused_before_any_training(config, tmp_path):
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    GraniteForCausalLM(GraniteConfig(
+        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2,
+        max_position_embeddings=32, logits_scaling=4.0)).save_pretrained(tmp_path / "granite")
+    with pytest.raises(CocomixError, match="a granite teacher is not supported"):
+        run(replace(config, teacher=replace(config.teacher, model=str(tmp_path / "granite"))))
+
+
 def test_a_vocabulary_beyond_the_teachers_is_an_error(config, token_files, tmp_path):
     write_teacher(tmp_path / "small", vocab_size=100)
     with pytest.raises(CocomixError, match=f"knows 100 tokens.*use {token_files.vocab_size}"):
@@ -351,3 +500,16 @@ def test_a_vocabulary_beyond_the_teachers_is_an_error(config, token_files, tmp_p
 def test_windows_beyond_the_teachers_context_are_an_error(config):
     with pytest.raises(CocomixError, match="data.seq_len is 64.*at most 32"):
         run(replace(config, data=replace(config.data, seq_len=64)))
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_training_step_runs(tmp_path):
+    script = Path(__file__).parents[1] / "benchmarks" / "bench_sae.py"
+    done = subprocess.run([sys.executable, script, "--tokens", "64", "--width", "16", "--latents", "320", "--rounds",
+                           "2", "--threads", "1", "--json", tmp_path / "figures.json"],
+                          capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert all(len(times) == 2 and min(times) > 0 for times in figures["seconds"].values())
+    for name, ratio in figures["ratios"].items():
+        assert f"{name} " in done.stdout and f" {ratio:.2f}" in done.stdout

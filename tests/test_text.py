@@ -2,12 +2,19 @@ import gzip
 import json
 import os
 
+import numpy as np
+import pyarrow
 import pytest
+import tiktoken
+from pyarrow import parquet
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from cocomix import text
+from cocomix import sources, text
 from cocomix.config import DataConfig
+from cocomix.data import Splitter, prepare
 from cocomix.errors import CocomixError
-from cocomix.text import open_sources, pieces, require_text, tokenize, train_tokenizer, vocab_size_of
+from cocomix.sources import open_sources
+from cocomix.text import pieces, require_text, tokenize, train_tokenizer, vocab_size_of
 
 PROSE = "The café sells naïve crêpes.\n\n  Don't ask 12345 why; 日本語 🙂 works too.\n\ttabs\r\nand windows lines\n"
 
@@ -122,6 +129,122 @@ def test_a_missing_column_a_column_of_numbers_and_a_missing_split_are_named(loca
         documents(f"hf:{local_dataset}:nosplit")
 
 
+def test_a_hugging_face_dataset_may_have_subsets(tmp_path):
+    folder = tmp_path / "dataset"
+    for subset in ("easy", "hard"):
+        (folder / subset).mkdir(parents=True)
+        write_jsonl(folder / subset / "train.jsonl", [{"text": f"{subset} text"}])
+    (folder / "README.md").write_text("---\nconfigs:\n" + "".join(
+        f"- config_name: {subset}\n  data_files: {subset}/*.jsonl\n" for subset in ("easy", "hard")) + "---\n")
+    assert documents(f"hf:{folder}:train:hard") == ["hard text"]
+    with pytest.raises(CocomixError, match="hf:.*:train:none cannot be loaded"):
+        documents(f"hf:{folder}:train:none")
+
+
+def write_parquet(path, **columns):
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=2)
+    return path
+
+
+def test_every_row_of_a_parquet_file_is_a_document(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_PARQUET_ROWS", 2)
+    write_parquet(tmp_path / "rows.parquet", body=[PROSE, "", None, "x", "y"], id=list(range(5)))
+    (tmp_path / "z.txt").write_text("plain", encoding="utf-8")
+    assert documents(tmp_path / "rows.parquet", text_key="body") == [PROSE, "x", "y"]
+    assert documents(tmp_path, text_key="body") == [PROSE, "x", "y", "plain"]
+
+
+def test_a_parquet_file_without_the_column_or_with_numbers_or_damaged_is_named(tmp_path):
+    path = write_parquet(tmp_path / "rows.parquet", body=["text"], id=[1])
+    with pytest.raises(CocomixError, match=r"rows\.parquet: no column 'text'; its columns are body, id; set data.text"):
+        documents(path)
+    with pytest.raises(CocomixError, match=r"rows\.parquet: column 'id' holds int64, not text"):
+        documents(path, text_key="id")
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(CocomixError, match=r"rows\.parquet cannot be read"):
+        documents(path, text_key="body")
+
+
+# --- mixtures
+
+
+@pytest.fixture
+def three_kinds(tmp_path):
+    """60 short records, 40 long ones, 10 files: letters tell where a character comes from."""
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "a" * (5 + i % 4)} for i in range(60)])
+    write_parquet(tmp_path / "b.parquet", body=["b" * (40 + i % 7) for i in range(40)])
+    (tmp_path / "c").mkdir()
+    for number in range(10):
+        (tmp_path / "c" / f"{number}.txt").write_text("c" * 300)
+    return {kind: str(tmp_path / name) for kind, name in (("a", "a.jsonl"), ("b", "b.parquet"), ("c", "c"))}
+
+
+def mixture(paths, weights):
+    return [{"path": paths[kind], "weight": weight} | ({"text_key": "body"} if kind == "b" else {})
+            for kind, weight in weights.items()]
+
+
+def test_a_mixture_keeps_the_shares_all_along_and_loses_and_repeats_nothing(three_kinds):
+    weights = {"a": 0.1, "b": 0.7, "c": 0.2}
+    (source,) = open_sources(DataConfig(text=mixture(three_kinds, weights)))
+    texts = [piece.text for piece in pieces([source])]
+    read, longest = dict.fromkeys("abc", 0), {"a": 8, "b": 46, "c": 300}
+    for text_read in texts:
+        read[text_read[0]] += len(text_read)
+        total = sum(read.values())
+        assert all(abs(read[kind] - weights[kind] * total) <= 2 * max(longest.values()) for kind in read)
+    own = {kind: documents(three_kinds[kind], text_key="body" if kind == "b" else "text") for kind in "abc"}
+    for kind in "abc":  # in their own order, from the first one on
+        mixed = [text_read for text_read in texts if text_read[0] == kind]
+        assert mixed == own[kind][:len(mixed)]
+    assert source.ended_with == three_kinds["b"] and read["b"] == sum(map(len, own["b"]))
+    assert [piece.text for piece in pieces([source])] == texts
+
+
+def test_the_weights_need_not_sum_to_one(three_kinds):
+    one, other = (open_sources(DataConfig(text=mixture(three_kinds, weights))) for weights in (
+        {"a": 3, "b": 1}, {"a": 0.75, "b": 0.25}))
+    assert list(pieces(one)) == list(pieces(other))
+
+
+def test_entries_with_a_column_of_their_own_follow_one_another_where_there_are_no_weights(three_kinds):
+    entries = [three_kinds["a"], {"path": three_kinds["b"], "text_key": "body"}]
+    texts = [piece.text for piece in pieces(open_sources(DataConfig(text=entries)))]
+    assert "".join(text_read[0] for text_read in texts) == "a" * 60 + "b" * 40
+
+
+def test_the_fingerprint_of_a_mixture_follows_weights_and_parts(three_kinds):
+    def fingerprint(**weights):
+        return open_sources(DataConfig(text=mixture(three_kinds, weights)))[0].fingerprint()
+
+    before = fingerprint(a=1, c=1)
+    assert before == fingerprint(a=1, c=1) and json.dumps(before)
+    assert before not in (fingerprint(a=1, c=2), fingerprint(a=1, b=1))
+    os.utime(os.path.join(three_kinds["c"], "3.txt"), ns=(1, 1))
+    assert fingerprint(a=1, c=1) != before
+
+
+@pytest.mark.parametrize(("entry", "problem"), [
+    ({"weight": 1}, "names no text"), (3, "3 names no text"), ({"path": "a.txt", "wieght": 1}, "unknown key wieght"),
+    ({"path": "a.txt", "weight": 0}, "weight of a.txt is 0"), ({"path": "a.txt", "weight": "much"}, "is 'much'"),
+    ({"path": "a.txt", "weight": float("nan")}, "is nan"), ({"path": "a.txt", "weight": True}, "is True"),
+    ({"path": "b.txt"}, "b.txt has no weight but others have"), ("b.txt", "b.txt has no weight but others have"),
+])
+def test_entries_that_mean_nothing_are_refused(tmp_path, monkeypatch, entry, problem):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / name).write_text("text")
+    with pytest.raises(CocomixError, match=problem):
+        open_sources(DataConfig(text=[{"path": "c.txt", "weight": 1}, entry]))
+
+
+def test_a_part_of_a_mixture_without_text_is_named(three_kinds, tmp_path):
+    (tmp_path / "empty.txt").write_text(" ")
+    entries = [*mixture(three_kinds, {"a": 1}), {"path": str(tmp_path / "empty.txt"), "weight": 1}]
+    with pytest.raises(CocomixError, match=r"empty\.txt: there is no text in it"):
+        require_text(open_sources(DataConfig(text=entries))[0])
+
+
 def test_no_sources_missing_paths_and_empty_folders_are_refused(tmp_path):
     with pytest.raises(CocomixError, match="data.text names no text"):
         open_sources(DataConfig())
@@ -226,3 +349,67 @@ def test_special_tokens_inside_a_text_are_text(tokenizer):
     assert ids.tolist().count(0) == 1 and ids[-1] == 0
     assert tokenizer.decode(ids[:-1].tolist()) == "a<|endoftext|>b"
     assert 0 in encode_whole(tokenizer, "<|endoftext|>"), "the tokenizer itself must be left as it was"
+
+
+def stream_of(strings):
+    return [text.Piece(number, string, last=True) for number, string in enumerate(strings)]
+
+
+@pytest.mark.slow
+def test_several_processes_give_the_same_tokens_in_the_same_order(tokenizer, monkeypatch):
+    monkeypatch.setattr(text, "_BATCH_CHARS", 500)
+    stream = stream_of(f"{number} {PROSE}" * (1 + number % 5) for number in range(200))
+    alone, shared = ([(piece, ids.tolist()) for piece, ids in tokenize(stream, tokenizer, processes)]
+                     for processes in (1, 3))
+    assert alone == shared and [piece for piece, _ in alone] == stream
+
+
+@pytest.mark.slow
+def test_a_tokenizing_process_that_dies_is_reported(tokenizer, monkeypatch):
+    monkeypatch.setattr(text, "_start_process", os.abort)  # takes no arguments, so the processes end as they start
+    with pytest.raises(CocomixError, match="one of the 2 processes that tokenize has died.*lower data.processes"):
+        list(tokenize(stream_of(["text"]), tokenizer, 2))
+
+
+def test_text_is_read_no_further_than_a_few_batches_ahead(tokenizer, monkeypatch):
+    monkeypatch.setattr(text, "_BATCH_CHARS", 100)
+    read = []
+
+    def stream():
+        for piece in stream_of("word " * 25 for _ in range(50)):
+            read.append(piece.document)
+            yield piece
+
+    for piece, _ in tokenize(stream(), tokenizer):
+        assert len(read) - piece.document <= 5
+    assert len(read) == 50
+
+
+# --- tiktoken: the tokenizer of the public code's `prepare`, from the same merges
+
+
+def tiktoken_of(tokenizer):
+    """The same byte-level BPE for tiktoken: bytes of every token, in the order in which they were merged."""
+    alphabet = {character: byte for byte, character in bytes_to_unicode().items()}
+    ranks = {bytes(alphabet[character] for character in token): number
+             for token, number in tokenizer.get_vocab().items() if token != text.END_OF_TEXT}
+    pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""  # GPT-2's
+    return tiktoken.Encoding("small", pat_str=pattern, mergeable_ranks=ranks, special_tokens={text.END_OF_TEXT: 0})
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_token_files_are_those_that_tiktoken_makes(tmp_path, tokenizer, long, monkeypatch):
+    if long:
+        monkeypatch.setattr(text, "PIECE_CHARS", 300)
+        monkeypatch.setattr(text, "_CUT_SEARCH_CHARS", 150)
+    stories = [f"{number}: {PROSE}" * (1 + number % 4) + "  \n\n" * (number % 2) for number in range(30)]
+    write_jsonl(tmp_path / "stories.jsonl", [{"text": story} for story in stories])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    encoding = tiktoken_of(tokenizer)
+    files = prepare(DataConfig(folder=str(tmp_path / "data"), text=[str(tmp_path / "stories.jsonl")],
+                               tokenizer=str(tmp_path / "tokenizer"), val_fraction=0.2))
+    side, expected = Splitter(0.2), {"train": [], "val": []}
+    for number, story in enumerate(stories):
+        expected[side(text.Piece(number, story, True))] += [*encoding.encode_ordinary(story), encoding.eot_token]
+    for name, ids in expected.items():
+        assert (files.folder / f"{name}.bin").read_bytes() == np.array(ids, dtype=np.uint16).tobytes()
