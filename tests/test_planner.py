@@ -121,13 +121,22 @@ def test_memory_under_deepspeed_is_what_a_step_holds():
     bucket, kinds = 200_000, [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
     cases = [(stage, precision, rounds, "interleave", {"reduce_bucket_size": bucket, **(ZERO_3 if stage == 3 else {})})
              for stage, precision in kinds for rounds in (1, 2)]
-    ratios = {}
-    for (stage, precision, rounds, *_), found in zip(cases, measured(cases), strict=True):
+    off = _off_by_a_tenth(cases, bucket)
+    # Garbage that Python has not collected yet now and then adds to a peak: measure again what was off.
+    assert not off or not _off_by_a_tenth([case for case, _ in off], bucket), off
+
+
+def _off_by_a_tenth(cases, bucket):
+    """Predicted over measured memory of the cases where they differ by more than a tenth."""
+    off = []
+    for case, found in zip(cases, measured(cases), strict=True):
+        stage, precision, rounds, *_ = case
         setup = Setup(stage, 1, plan_helpers.MICRO_BATCH, rounds, precision == "bf16", bucket=bucket, kept_whole=0,
                       persistence_threshold=0, device="cpu")
-        predicted = footprint(plan_helpers.shape("interleave"), plan_helpers.N_HEAD, setup)
-        ratios[stage, precision, rounds] = predicted.total / found["peak"]
-    assert all(0.9 < ratio < 1.1 for ratio in ratios.values()), ratios
+        ratio = footprint(plan_helpers.shape("interleave"), plan_helpers.N_HEAD, setup).total / found["peak"]
+        if not 0.9 < ratio < 1.1:
+            off.append((case, ratio))
+    return off
 
 
 # ---------------------------------------------------------------------------------------------- communication
