@@ -141,14 +141,14 @@ def load_checkpoint(engine, checkpoint: Path, ranks: Ranks) -> None:
 
     Raises `CocomixError` on all ranks where a file is missing, damaged or of another save.
     """
-    state, failure = read_trainer_state(checkpoint), None
+    state, problem = read_trainer_state(checkpoint), None
     try:
         load_pieces(engine, checkpoint / "state", state["save_id"], state["world_size"], state["adam_steps"], ranks)
     except CocomixError as error:  # on this rank alone
-        failure = str(error)
-    failure = ranks.first_of(failure)
-    if failure is not None:
-        raise CocomixError(f"{checkpoint} cannot be loaded: {failure}. Move it away to go on from the one before it")
+        problem = str(error)
+    problem = ranks.first_of(problem)
+    if problem is not None:
+        raise CocomixError(f"{checkpoint} cannot be loaded: {problem}. Move it away to go on from the one before it")
     publish_weights(engine)
     engine.global_steps, engine.skipped_steps = state["step"], state["skipped_steps"]
     set_schedule(engine.lr_scheduler, state["schedule_steps"])

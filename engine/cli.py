@@ -13,6 +13,10 @@ import wrapt
 from cocomix.errors import CocomixError
 
 EXIT_BAD_INPUT = 2
+_GOES_ON = {
+    "train": "; with --resume it goes on from its last checkpoint", "data": "; the same command starts again",
+    **dict.fromkeys(("sae", "labels", "eval"), "; the same command goes on from what is complete"),
+}
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
 
@@ -40,9 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"cocomix {options.command}: error: {error.filename}: {error.strerror}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        again = "; with --resume it goes on from its last checkpoint" if options.command == "train" else (
-            "; the same command goes on from what is complete")
-        print(f"\ncocomix {options.command}: interrupted{again}", file=sys.stderr)
+        print(f"\ncocomix {options.command}: interrupted{_GOES_ON.get(options.command, '')}", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
@@ -254,7 +256,7 @@ def _labels(options):
 
 
 def _plan(options):
-    from cocomix.planner import run
+    from cocomix.plan_text import run
 
     try:
         gpus = [int(number) for number in options.gpus.split(",")]
@@ -264,6 +266,7 @@ def _plan(options):
 
 
 def _profile(options):
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its profiler warns of what was allocated before it began
     from cocomix.profile_session import Options
     from cocomix.profiler import run
 

@@ -7,16 +7,14 @@ within the node and the networks of all its GPUs together, as NCCL's rings use t
 the backward pass is hidden, and of that a stated share.
 """
 
-import dataclasses
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from cocomix.clusters import Cluster, load_cluster
+from cocomix.clusters import Cluster
 from cocomix.config import Config
 from cocomix.errors import CocomixError
-from cocomix.files import write_json
 from cocomix.flops import (
     MULTIPLY_ADD,
     TRAINED,
@@ -372,17 +370,17 @@ def what_would_fit(job: Job, gpus: int, global_batch: int) -> str:
     offloaded = choose(job, gpus, global_batch, offload=True)
     if offloaded is not None:
         options.append(
-            f"train.offload_optimizer=true with {settings_of(offloaded)} ({_gb(offloaded.memory.total)} GB a GPU and "
-            f"{_gb(offloaded.memory.host)} GB of host memory for each)")
+            f"train.offload_optimizer=true with {settings_of(offloaded)} ({gigabytes(offloaded.memory.total)} GB a GPU "
+            f"and {gigabytes(offloaded.memory.host)} GB of host memory for each)")
     more = gpus
     while (more := 2 * more) <= _MAX_GPUS:
         if global_batch % more == 0 and (found := choose(job, more, global_batch)) is not None:
-            options.append(f"{more} GPUs with {settings_of(found)} ({_gb(found.memory.total)} GB a GPU)")
+            options.append(f"{more} GPUs with {settings_of(found)} ({gigabytes(found.memory.total)} GB a GPU)")
             break
     least = min((predict(job, _setup(job, stage, gpus, 1, global_batch, checkpointing=True)) for stage in range(1, 4)),
                 key=lambda found: found.memory.total)
     needed = (f"nothing fits into {job.cluster.memory_gb:g} GB less {job.cluster.reserved_gb:g} GB reserved: the least "
-              f"is {_gb(least.memory.total)} GB with {settings_of(least)}")
+              f"is {gigabytes(least.memory.total)} GB with {settings_of(least)}")
     return f"{needed}; what would fit: {' or '.join(options) or 'a smaller model, context or concept_dim'}"
 
 
@@ -393,133 +391,6 @@ def settings_of(found: Prediction) -> str:
             f"train.activation_checkpointing={str(setup.checkpointing).lower()}")
 
 
-# ---------------------------------------------------------------------------------------------- text and JSON
-
-
-def run(config: Config, gpus: list[int], cluster: str, vocab_size: int | None = None, json_file=None) -> None:
-    """`cocomix plan`: print the plan of one number of GPUs, or a table with a row for each of several."""
-    job = make_job(config, load_cluster(cluster), vocab_size)
-    plans = [make_plan(job, number, raise_batch=len(gpus) > 1) for number in gpus]
-    print(describe(plans[0]) if len(plans) == 1 else table(plans))
-    if json_file is not None:
-        write_json(json_file, {"plans": [as_dict(plan) for plan in plans]})
-
-
-def as_dict(plan: Plan) -> dict:
-    """Everything a plan holds, for JSON."""
-    job = plan.job
-    return {
-        "cluster": dataclasses.asdict(job.cluster), "gpus": plan.gpus, "global_batch": plan.global_batch,
-        "parameters": parameter_count(job.shape), "student": dataclasses.asdict(job.shape),
-        "teacher": None if job.teacher is None else dataclasses.asdict(job.teacher),
-        "flops_per_token": training_flops(job.shape, job.teacher), "train_tokens": job.config.train.tokens,
-        "stages": [_prediction_dict(found) for found in plan.stages],
-        "chosen": None if plan.chosen is None else _prediction_dict(plan.chosen), "advice": plan.advice,
-    }
-
-
-def _prediction_dict(found):
-    return dataclasses.asdict(found) | {"memory_total": found.memory.total}
-
-
-def _gb(size):
+def gigabytes(size: float) -> str:
+    """Bytes in GB (1e9), with one decimal."""
     return f"{size / 1e9:.1f}"
-
-
-def _days(days):
-    return f"{days:,.1f}" if days >= 1 else f"{days:.2g}"
-
-
-def describe(plan: Plan) -> str:
-    """The plan as text: the job, a table of the stages, the choice and the assumptions."""
-    job, cluster = plan.job, plan.job.cluster
-    shape, first = job.shape, plan.stages[0].setup
-    lines = [
-        f"{parameter_count(shape) / 1e6:,.0f}M parameters, {_mode(job)}, {job.config.train.precision}; "
-        f"{training_flops(shape, job.teacher) / 1e9:.2f} GFLOP a token, forward and backward",
-        f"{plan.gpus} x {cluster.name}, {cluster.memory_gb:g} GB each of which {cluster.reserved_gb:g} GB reserved; "
-        f"{plan.global_batch:,} windows of {shape.seq_len:,} tokens a step: {first.rounds} x {first.micro_batch} for "
-        f"each GPU{', activation checkpointing' * first.checkpointing}", "",
-        "predicted, for one GPU", _stage_table(plan), "",
-    ]
-    if plan.chosen is None:
-        return "\n".join([*lines, plan.advice])
-    found = plan.chosen
-    lines += [
-        f"chosen: {settings_of(found)}{' train.offload_optimizer=true' * found.setup.offload}",
-        f"  {_gb(found.memory.total)} GB a GPU, step {found.step_s * 1e3:,.0f} ms, {found.tokens_per_s:,.0f} tokens/s, "
-        f"{_days(found.days)} days for {job.config.train.tokens:.3g} tokens",
-        f"assumed: {_rates(job)}; {cluster.link_share:.0%} of the links' rates; of communication that DeepSpeed "
-        f"overlaps (by default stage 3 only) {cluster.overlap:.0%} is hidden; no pauses for data, evaluation or saving",
-    ]
-    return "\n".join(lines)
-
-
-def _mode(job):
-    labels = "" if job.shape.mixing == "none" else ", online labels" if job.teacher is not None else ", cached labels"
-    return f"mixing {job.shape.mixing}{labels}"
-
-
-def _rates(job):
-    cluster = job.cluster
-    return (f"{job.rate / 1e12:g} TFLOP/s in products, {cluster.attention_tflops:g} in attention, "
-            f"{cluster.memory_tb_s:g} TB/s")
-
-
-def _stage_table(plan):
-    """One column a stage: memory by part, then work, communication and speed."""
-    names = list(dict.fromkeys(name for found in plan.stages for name in found.memory.parts))
-    rows = [[f"{name}, GB", *(_gb(found.memory.parts.get(name, 0)) for found in plan.stages)] for name in names]
-    other = [predict(plan.job, dataclasses.replace(found.setup, checkpointing=not found.setup.checkpointing))
-             for found in plan.stages]
-    switched = "without" if plan.stages[0].setup.checkpointing else "with"
-    rows += [
-        ["memory, GB", *(_gb(found.memory.total) for found in plan.stages)],
-        ["fullest at", *(found.memory.moment for found in plan.stages)],
-        ["fits", *("not offered" if not found.offered else "yes" if found.fits else "no" for found in plan.stages)],
-        [f"memory {switched} checkpointing, GB", *(_gb(found.memory.total) for found in other)],
-    ]
-    if any(found.memory.host for found in plan.stages):
-        rows.append(["host memory, GB", *(_gb(found.memory.host) for found in plan.stages)])
-    rows += [[title, *(format(value(found), style) for found in plan.stages)] for title, value, style in (
-        ("TFLOP a step", lambda f: f.flops / 1e12, ",.1f"),
-        ("GB moved a step", lambda f: f.bytes / 1e9, ",.0f"),
-        ("all-reduce, GB", lambda f: f.communication.all_reduce / 1e9, ".2f"),
-        ("reduce-scatter, GB", lambda f: f.communication.reduce_scatter / 1e9, ".2f"),
-        ("all-gather (own part), GB", lambda f: f.communication.all_gather / 1e9, ".3f"),
-        ("computing, ms", lambda f: f.compute_s * 1e3, ",.1f"),
-        ("communicating, ms", lambda f: f.communication_s * 1e3, ",.1f"),
-        ("of it not hidden, ms", lambda f: f.exposed_s * 1e3, ",.1f"),
-        ("tokens/s, all GPUs", lambda f: f.tokens_per_s, ",.0f"),
-    )]
-    rows.append(["days", *(_days(found.days) for found in plan.stages)])
-    return _aligned([["", *(f"ZeRO {found.setup.stage}" for found in plan.stages)], *rows])
-
-
-def _aligned(rows):
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in
-                                                          zip(row[1:], widths[1:], strict=True))]) for row in rows)
-
-
-def table(plans: list[Plan]) -> str:
-    """A Markdown table with the choice for each number of GPUs. A batch that had to be raised carries a star."""
-    job = plans[0].job
-    titles = ("GPUs", "windows a step", "ZeRO", "micro batch", "checkpointing", "GB a GPU", "step", "tokens/s", "days")
-    rows = [titles, tuple("---:" for _ in titles)]
-    for plan in plans:
-        batch = f"{plan.global_batch:,}{'*' * (plan.global_batch != job.config.train.global_batch)}"
-        found = plan.chosen
-        if found is None:
-            rows.append((f"{plan.gpus:,}", batch, "nothing fits", *("" for _ in titles[3:])))
-            continue
-        rows.append((f"{plan.gpus:,}", batch, str(found.setup.stage), str(found.setup.micro_batch),
-                     "yes" if found.setup.checkpointing else "no", _gb(found.memory.total),
-                     f"{found.step_s * 1e3:,.0f} ms", f"{found.tokens_per_s / 1e6:.2f}M", _days(found.days)))
-    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    raised = any(plan.global_batch != job.config.train.global_batch for plan in plans)
-    note = (f"\n\n\\* raised from {job.config.train.global_batch:,}, which does not divide among so many GPUs"
-            if raised else "")
-    return (f"Predicted for {job.cluster.name}: {parameter_count(job.shape) / 1e6:,.0f}M parameters, {_mode(job)}, "
-            f"{job.config.train.precision}, {job.config.train.tokens:.3g} tokens\n\n{text}{note}")
-

@@ -287,8 +287,6 @@ class Trainer:
         return concept_statistics(self.engine.module, batches, self.config.model.concept_dim, self.ranks)
 
     def _save(self) -> None:
-        if self.saved_step == self.step:
-            return
         self._finish_save()
         self.saves.begin(self.engine, self.step, {
             "elapsed_s": self.elapsed_s, "identity": self._identity(), "loss_watch": self.watch.state()})

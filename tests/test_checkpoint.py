@@ -106,16 +106,6 @@ def test_a_checkpoint_being_thinned_out_is_never_complete_without_its_model(worl
     assert older.is_dir() and not (older / "trainer.json").exists()
 
 
-def test_a_state_is_saved_once(world, half, monkeypatch):
-    """A signal right after a periodic save, or a resume that has nothing left to do, writes nothing again."""
-    file = world.folder / half / "checkpoints/step-00000008/trainer.json"
-    before = file.stat().st_mtime_ns
-    with monkeypatch.context() as patch:
-        stop_at(patch, 12)
-        assert world.train(half, *settings(world), resume=True) == 0
-    assert steps(world, half) == [8, 12] and file.stat().st_mtime_ns == before
-
-
 def test_what_is_saved_is_the_state_at_that_step_and_not_a_later_one(world, tmp_path, monkeypatch):
     """The file is written while training goes on: here only after two more steps."""
     released = threading.Event()

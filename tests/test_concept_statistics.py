@@ -1,7 +1,7 @@
 import pytest
 import torch
 from model_helpers import small_model
-from run_helpers import LATENTS, labelled_world, uneven
+from run_helpers import LATENTS, uneven
 
 from cocomix.concept_statistics import concept_statistics
 from cocomix.distributed import Ranks
@@ -50,11 +50,6 @@ def test_windows_without_labels_count_as_such():
     found = concept_statistics(model, [batch], model.config.concept_dim, CPU)
     assert (found["label_coverage"], found["concept_agreement"], found["label_concepts"]) == (0, 0, 0)
     assert found["predicted_concepts"] > 0
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return labelled_world(tmp_path_factory.mktemp("world"))
 
 
 def test_evaluations_of_a_run_hold_them(world):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from run_helpers import LATENTS, SEQ_LEN, World
-from usable_helpers import error_of, make_run
+from usable_helpers import error_of, world_of_runs
 
 from cocomix import concept_survey
 from cocomix.cli import main
@@ -38,11 +38,7 @@ K = 4
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    world = World(tmp_path_factory.mktemp("world"))
-    world.add_teacher()
-    make_run(world)
-    make_run(world, "plain", "none")
-    return world
+    return world_of_runs(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
-from run_helpers import LATENTS, SEQ_LEN, World
-from usable_helpers import error_of, make_run
+from run_helpers import LATENTS, SEQ_LEN
+from usable_helpers import error_of, make_run, world_of_runs
 
 import cocomix
 from cocomix.cli import main
@@ -21,11 +21,7 @@ PROMPTS = ["the quick", "a cat jumps over the fox"]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    world = World(tmp_path_factory.mktemp("world"))
-    world.add_teacher()
-    make_run(world)
-    make_run(world, "plain", "none")
-    return world
+    return world_of_runs(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")

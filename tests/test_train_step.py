@@ -15,7 +15,6 @@ from run_helpers import (
     assert_equal_runs,
     before_steps,
     environment,
-    labelled_world,
     reference_run,
     stage,
     stop_at,
@@ -24,11 +23,6 @@ from run_helpers import (
 
 from cocomix.data import TokenFiles, WindowOrder, step_windows
 from cocomix.train_step import TrainStep
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return labelled_world(tmp_path_factory.mktemp("world"))
 
 
 def infinite_loss(loss):

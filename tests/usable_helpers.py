@@ -29,6 +29,15 @@ def make_run(world: World, name: str = "run", mixing: str = "interleave", **sett
     return folder
 
 
+def world_of_runs(folder: Path) -> World:
+    """A world with a teacher, the run of a mixing student, `run`, and of one without concepts, `plain`."""
+    world = World(folder)
+    world.add_teacher()
+    make_run(world)
+    make_run(world, "plain", "none")
+    return world
+
+
 def error_of(capsys, command: str) -> str:
     """The message on standard error: one line, without a traceback."""
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "|" not in line]  # |: bars
