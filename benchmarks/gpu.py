@@ -35,7 +35,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-OPERATIONS = ("concept_head", "topk_linear", "attribution", "concept_mix", "interleaved_attention")
+OPERATIONS = ("concept_head", "topk_linear", "attribution", "concept_mix", "interleaved_attention",
+              "distillation")
 SHORTEST = 5.0  # seconds; a part with less is not worth starting
 TAIL = 4000  # characters of a failed part's output that are kept
 NOTHING_SELECTED = 5  # pytest's exit status where no test has the marker
@@ -61,6 +62,7 @@ PARTS = (
     Part("attribution", 25, ("pytest_benchmark",)),
     Part("concept_mix", 60, ("pytest_benchmark",)),
     Part("interleaved_attention", 70, ("pytest_benchmark",)),
+    Part("distillation", 40, ("pytest_benchmark",)),
     Part(SLOW_TESTS, 60, ("hypothesis", "triton")),
 )
 PROFILE = "profile_"  # and the size: a name in configs/openwebtext

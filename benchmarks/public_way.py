@@ -2,7 +2,8 @@
 
 It works on dense [N, C] matrices throughout: logits, a mask of the kept ones and a masked copy, latents, attributions.
 Weights have the layout of `nn.Linear`: [C, d] into concepts, [d, C] out of them. Plain PyTorch, so that
-`torch.compile` may do with it what it can. Source: CoCoMix (arXiv 2502.08524).
+`torch.compile` may do with it what it can. Source: CoCoMix (arXiv 2502.08524). Distillation is the way it is commonly
+written, over [N, V] logits.
 
 Shapes: N tokens, B sequences of T tokens, d width, C concepts, k kept concepts, K labels, H heads of size D.
 """
@@ -73,3 +74,36 @@ def attention(q, k, v):
 def last_attention(q, k, v):
     """The last block's: attention for all 2T positions, of which the concepts' are kept. -> [B, T, H, D]."""
     return attention(q, k, v)[:, 1::2]
+
+
+def distillation(x, weight, labels, hidden, teacher_weight, distillation_weight):
+    """Cross-entropy and KL over float32 logits of student and teacher.
+
+    x [N, d], weight [V, d], labels [N], hidden [N, d_t], teacher_weight [V, d_t] -> loss, next-token loss, KL.
+    """
+    logits = _wide(F.linear(x, weight))  # [N, V]
+    with torch.no_grad():
+        teacher = _wide(F.linear(hidden, teacher_weight)).log_softmax(-1)
+    ntp_loss = F.cross_entropy(logits, labels)
+    kl = F.kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="batchmean")
+    return ntp_loss + distillation_weight * kl, ntp_loss, kl
+
+
+def top_distillation(x, weight, labels, ids, log_probs, distillation_weight):
+    """The same against the teacher's J most probable tokens and one more that has the rest of the mass.
+
+    x [N, d], weight [V, d], labels [N], ids and log_probs [N, J] -> loss, next-token loss, KL.
+    """
+    logits = _wide(F.linear(x, weight))  # [N, V]
+    ntp_loss = F.cross_entropy(logits, labels)
+    log_q, log_p = (_with_rest(t) for t in (logits.log_softmax(-1).gather(1, ids), log_probs.to(logits.dtype)))
+    kl = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    return ntp_loss + distillation_weight * kl, ntp_loss, kl
+
+
+def _wide(logits):
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+def _with_rest(log_probs):
+    return torch.cat([log_probs, torch.log1p(-log_probs.exp().sum(1, keepdim=True))], 1)

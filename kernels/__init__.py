@@ -5,10 +5,14 @@ from cocomix.kernels.concept_head import ConceptHead, concept_head
 from cocomix.kernels.concept_mix import concept_add, concept_mix, concept_vectors
 from cocomix.kernels.interleaved_attention import interleaved_attention
 from cocomix.kernels.linear_cross_entropy import linear_cross_entropy
+from cocomix.kernels.linear_distillation import DistillationLoss, FullTargets, TopTargets, linear_distillation
 from cocomix.kernels.topk_linear import topk_linear
 
 __all__ = [
     "ConceptHead",
+    "DistillationLoss",
+    "FullTargets",
+    "TopTargets",
     "concept_add",
     "concept_attribution",
     "concept_head",
@@ -16,5 +20,6 @@ __all__ = [
     "concept_vectors",
     "interleaved_attention",
     "linear_cross_entropy",
+    "linear_distillation",
     "topk_linear",
 ]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from cocomix.kernels.concept_head import ConceptHead
+from cocomix.kernels.linear_distillation import DistillationLoss, FullTargets
 
 
 def _sorted_topk(logits, k):
@@ -78,3 +79,24 @@ def interleaved_attention(q, k, v, *, scale=None):
 def linear_cross_entropy(x, weight, labels, *, ignore_index=-100):
     """Logits in full and their mean cross-entropy."""
     return F.cross_entropy(x @ weight.T, labels, ignore_index=ignore_index)
+
+
+def linear_distillation(x, weight, labels, targets, distillation_weight, *, ignore_index=-100):
+    """Logits in full, cross-entropy and KL; beside kept targets, all other tokens are one more."""
+    kept = labels != ignore_index
+    logits = x[kept] @ weight.T  # [n, V]
+    first, second = (t.to(logits.dtype) if t.is_floating_point() else t for t in targets)
+    log_q = logits.log_softmax(-1)
+    if isinstance(targets, FullTargets):
+        log_p = (first[kept] @ second[: len(weight)].T).log_softmax(-1)
+    else:
+        ids, log_p = first[kept].long(), second[kept]
+        log_rest = log_q.scatter(1, ids, -torch.inf).logsumexp(1, keepdim=True)
+        rest = (1 - log_p.exp().sum(1, keepdim=True)).clamp(min=0)
+        log_q = log_q.gather(1, ids)
+        if ids.shape[1] < len(weight):
+            log_q, log_p = torch.cat([log_q, log_rest], 1), torch.cat([log_p, rest.log()], 1)
+    p = log_p.exp()
+    kl = (p * torch.where(p > 0, log_p - log_q, 0)).sum(1).mean()
+    ntp_loss = F.cross_entropy(logits, labels[kept].long())
+    return DistillationLoss(ntp_loss + distillation_weight * kl, ntp_loss.detach(), kl.detach())

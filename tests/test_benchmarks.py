@@ -18,7 +18,7 @@ from kernel_helpers import assert_all_close, run
 from torch.utils.flop_counter import FlopCounterMode
 
 from cocomix import measurement_figures
-from cocomix.kernels import reference
+from cocomix.kernels import FullTargets, TopTargets, reference
 from cocomix.machine import peak_bytes
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -26,6 +26,7 @@ sys.path.insert(0, str(BENCHMARKS))  # the benchmarks are programs, not part of 
 import bench_attribution  # noqa: E402
 import bench_concept_head  # noqa: E402
 import bench_concept_mix  # noqa: E402
+import bench_distillation  # noqa: E402
 import bench_interleaved_attention  # noqa: E402
 import bench_topk_linear  # noqa: E402
 import gpu  # noqa: E402
@@ -38,7 +39,8 @@ import sweeps  # noqa: E402
 
 CPU = torch.device("cpu")
 SETTING = harness.Setting(CPU, "tiny")
-FILES = [bench_concept_head, bench_topk_linear, bench_attribution, bench_concept_mix, bench_interleaved_attention]
+FILES = [bench_concept_head, bench_topk_linear, bench_attribution, bench_concept_mix, bench_interleaved_attention,
+         bench_distillation]
 CASES = [case for file in FILES for case in file.cases(SETTING)]
 EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.operation}-{case.name}")
 
@@ -118,10 +120,24 @@ def test_the_public_attention_is_the_reference():
     )
 
 
+@pytest.mark.parametrize("kind", [FullTargets, TopTargets])
+def test_the_public_distillation_is_the_reference(kind):
+    theirs = {FullTargets: public_way.distillation, TopTargets: public_way.top_distillation}[kind]
+    x, weight, hidden, head = doubles((9, 6), (40, 6), (9, 5), (40, 5))
+    labels = torch.randint(40, (9,))
+    log_probs, ids = (hidden @ head.T).log_softmax(1).topk(4)
+    targets = kind(*((hidden, head) if kind is FullTargets else (ids, log_probs)))
+    grads = [torch.tensor(2.0), None, None]
+    expected = run(lambda x, w: reference.linear_distillation(x, w, labels, targets, 0.3), [x, weight], grads)
+    assert_all_close(sum(run(lambda x, w: theirs(x, w, labels, *targets, 0.3), [x, weight], grads), []),
+                     sum(expected, []))
+
+
 # Formulas
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.operation in ("concept_head", "topk_linear")],
+@pytest.mark.parametrize("case", [case for case in CASES
+                                  if case.operation in ("concept_head", "topk_linear", "linear_distillation")],
                          ids=lambda case: f"{case.operation}-{case.name}")
 def test_flops_are_those_of_the_products_that_the_floor_does(case):
     step = case.contestants["floor"]()

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from cocomix.kernels import (
+    TopTargets,
     concept_attribution,
     concept_head,
     concept_mix,
     interleaved_attention,
     linear_cross_entropy,
+    linear_distillation,
     topk_linear,
 )
 from cocomix.kernels.dispatch import choose_backend
@@ -32,6 +34,8 @@ def _calls():
         ),
         "interleaved_attention": lambda **b: interleaved_attention(heads, heads, heads, **b),
         "linear_cross_entropy": lambda **b: linear_cross_entropy(x, weight, labels, **b),
+        "linear_distillation": lambda **b: linear_distillation(
+            x, weight, labels, TopTargets(labels[:, None], narrow.new_full((4, 1), -1.0)), 0.5, **b)[0],
     }
 
 
@@ -71,8 +75,9 @@ def test_the_environments_preference_falls_back_to_torch(monkeypatch):
 def test_a_demanded_backend_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match="op: no triton backend exists for this operation; available: torch"):
         choose_backend("op", TORCH, "triton", CPU)
-    with pytest.raises(ValueError, match="linear_cross_entropy: no triton backend"):
-        _calls()["linear_cross_entropy"](backend="triton")
+    for name in ("linear_cross_entropy", "linear_distillation"):
+        with pytest.raises(ValueError, match=f"{name}: no triton backend"):
+            _calls()[name](backend="triton")
 
 
 def test_a_library_that_one_operation_knows_is_for_an_argument_or_its_own_default(monkeypatch):
