@@ -15,7 +15,8 @@ from cocomix.errors import CocomixError
 EXIT_BAD_INPUT = 2
 _GOES_ON = {
     "train": "; with --resume it goes on from its last checkpoint", "data": "; the same command starts again",
-    **dict.fromkeys(("sae", "labels", "eval"), "; the same command goes on from what is complete"),
+    "eval": "; with --tasks the same command goes on from what is complete",
+    **dict.fromkeys(("sae", "labels"), "; the same command goes on from what is complete"),
 }
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
@@ -118,14 +119,27 @@ def _add_report(commands):
 
 
 def _add_eval(commands):
-    evaluate = commands.add_parser("eval", help="validation perplexity of checkpoints, or tasks of "
-                                                "lm-evaluation-harness with --tasks")
+    evaluate = commands.add_parser(
+        "eval", help="perplexity of checkpoints on token files or texts, or tasks of lm-evaluation-harness",
+        description="Compare checkpoints by their validation perplexity on token files (the default), by their rolling "
+                    "perplexity on texts (--text), or by tasks of lm-evaluation-harness (--tasks).")
     evaluate.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT",
                           help="a transformers folder, a checkpoint, or the folder of a run")
-    evaluate.add_argument("--data", help="folder of token files (default: the one that the run was trained on)")
-    evaluate.add_argument("--seq-len", type=int, help="tokens in a window (default: the model's context length)")
-    evaluate.add_argument("--batch", type=int, default=8, help="windows in one forward pass (default: 8)")
-    evaluate.add_argument("--windows", type=int, default=0, help="windows to read (default: all)")
+    evaluate.add_argument("--batch", type=int, default=8, help="sequences in one forward pass (default: 8)")
+    evaluate.add_argument("--seq-len", type=int, metavar="N",
+                          help="tokens in a window of token files or texts (default: the model's context length)")
+    files = evaluate.add_argument_group("token files")
+    files.add_argument("--data", metavar="FOLDER", help="default: the one that the run was trained on")
+    files.add_argument("--windows", type=int, metavar="N", help="windows to read (default: all)")
+    texts = evaluate.add_argument_group(
+        "texts", "Every token of each document is predicted once, in windows side by side, as lm-evaluation-harness "
+                 "does for WikiText: perplexity by token, by word and by byte, over all texts together.")
+    texts.add_argument("--text", action="append", metavar="PATH",
+                       help="a text file, a folder, or whatever data.text takes; may be given several times")
+    texts.add_argument("--text-key", metavar="KEY", help="field of JSONL, column of Parquet (default: text)")
+    texts.add_argument("--stride", type=int, metavar="N",
+                       help="overlapping windows, of which only the last N predictions count, so that these see more "
+                            "text before them (default: windows do not overlap)")
     tasks = evaluate.add_argument_group("lm-evaluation-harness")
     tasks.add_argument("--tasks", metavar="NAME[,NAME...]", help="for example lambada_openai,wikitext,hellaswag,piqa")
     tasks.add_argument("--task-folder", metavar="FOLDER", help="with tasks of your own, in the harness's YAML files")
@@ -307,6 +321,7 @@ def _export(options):
 def _eval(options):
     if options.tasks:
         from cocomix.tasks import TaskOptions, evaluate_tasks
+    _require_fitting_eval_options(options)
 
         names = tuple(dict.fromkeys(name.strip() for name in options.tasks.split(",") if name.strip()))
         evaluate_tasks(options.checkpoints, TaskOptions(
@@ -314,8 +329,26 @@ def _eval(options):
         return
     from cocomix.evaluate import evaluate_checkpoint
 
+    if options.text:
+        from cocomix.rolling import RollingOptions, evaluate_texts
+
+        evaluate_texts(options.checkpoints, RollingOptions(
+            tuple(options.text), options.text_key or "text", options.seq_len, options.stride, options.batch))
+        return
     for checkpoint in options.checkpoints:
-        evaluate_checkpoint(checkpoint, options.data, options.seq_len, options.batch, options.windows)
+        evaluate_checkpoint(checkpoint, options.data, options.seq_len, options.batch, options.windows or 0)
+
+
+def _require_fitting_eval_options(options):
+    """Refuse an option that the evaluation asked for would not read."""
+    kind = "--tasks" if options.tasks else "--text" if options.text else None
+    belongs = {"--data": (None,), "--windows": (None,), "--seq-len": (None, "--text"), "--text": ("--text",),
+               "--text-key": ("--text",), "--stride": ("--text",),
+               **dict.fromkeys(("--task-folder", "--shots", "--limit", "--out"), ("--tasks",))}
+    for name, kinds in belongs.items():
+        if kind not in kinds and getattr(options, name[2:].replace("-", "_")) is not None:
+            raise CocomixError(f"{name} does not go with {kind}: leave one of the two out" if kind
+                               else f"{name} goes with {kinds[0]} only")
 
 
 def _report(options):
