@@ -89,6 +89,10 @@ class PublicTeacher:
                 latents, gradient.flatten(0, 1), self._sae.decoder.t(), self._label_topk)
         return labels.unflatten(0, input_ids.shape)
 
+    def targets(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`labels` as an entry of a batch: `concept_labels`."""
+        return {"concept_labels": self.labels(input_ids)}
+
     def _residual_and_gradient(self, input_ids):
         """Both [B, T, d], by a backward pass into every weight."""
         from cocomix.teacher import transformer_blocks

@@ -31,6 +31,7 @@ from cocomix.figures import LINES, FigureEntry, draw
 from cocomix.files import atomic_write, read_json, write_json
 from cocomix.machine import describe, synchronize
 from cocomix.planner import configured, make_job, predict
+from cocomix.profile_inputs import baseline
 
 DIMENSIONS = {  # by option: setting, axis
     "batch": ("train.micro_batch", "windows in a micro batch"), "seq_len": ("data.seq_len", "window length T"),
@@ -212,9 +213,8 @@ def copy_rate(device) -> float:
 def prediction(config: Config, ranks: int, cluster: Cluster, vocab_size: int, device) -> dict:
     """`cocomix plan`'s figures for both modes, and their ratio."""
     found = {}
-    for name, mixing in (("ntp", "none"), ("cached", config.model.mixing)):
-        job = make_job(dataclasses.replace(config, model=dataclasses.replace(config.model, mixing=mixing)), cluster,
-                       vocab_size)
+    for name, of in (("ntp", baseline(config)), ("cached", config)):
+        job = make_job(of, cluster, vocab_size)
         setup = dataclasses.replace(configured(job, ranks).setup, device=device.type)
         one = predict(job, setup)
         found[name] = {"tokens_per_s": one.tokens_per_s, "peak_memory_gib": one.memory.total / 2**30, "fits": one.fits}

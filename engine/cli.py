@@ -75,7 +75,8 @@ def _parse(arguments):
     train.add_argument("--resume", action="store_true",
                        help="go on with the batch after the newest checkpoint, or start where there is none")
     _add_config_command(commands, "sae", _sae, "train a TopK sparse autoencoder on a block of the teacher")
-    _add_config_command(commands, "labels", _labels, "compute the cache of concept labels; goes on where it stopped")
+    _add_config_command(commands, "labels", _labels,
+                        "compute the cache of concept labels, or of soft targets; goes on where it stopped")
     _add_plan(commands)
     _add_profile(commands)
     _add_eval(commands)
@@ -162,8 +163,9 @@ def _add_plan(commands):
 def _add_profile(commands):
     profile = _add_config_command(commands, "profile", _profile, "measure what concepts cost against NTP, part by part")
     profile.add_argument("--labels", choices=("cached", "online", "both"),
-                         help="default: both, or cached alone where there is no teacher")
-    profile.add_argument("--mixing", choices=("interleave", "add"), help="in place of model.mixing")
+                         help="or soft targets; default: both, or cached alone where there is no teacher")
+    profile.add_argument("--mixing", choices=("interleave", "add", "predict", "pause"),
+                         help="in place of model.mixing")
     profile.add_argument("--random-teacher", action="store_true",
                          help="online labels by a GPT-2 124M and an SAE of random weights")
     profile.add_argument("--vocab-size", type=int, help="take random tokens of so many ids, and no token files")
@@ -264,7 +266,7 @@ def _sae(options):
 
 
 def _labels(options):
-    from cocomix.labels import run
+    from cocomix.frozen_side import run
 
     run(_config(options))
 
@@ -319,22 +321,22 @@ def _export(options):
 
 
 def _eval(options):
+    _require_fitting_eval_options(options)
     if options.tasks:
         from cocomix.tasks import TaskOptions, evaluate_tasks
-    _require_fitting_eval_options(options)
 
         names = tuple(dict.fromkeys(name.strip() for name in options.tasks.split(",") if name.strip()))
         evaluate_tasks(options.checkpoints, TaskOptions(
             names, options.task_folder, options.shots, options.limit, options.batch, options.out))
         return
-    from cocomix.evaluate import evaluate_checkpoint
-
     if options.text:
         from cocomix.rolling import RollingOptions, evaluate_texts
 
         evaluate_texts(options.checkpoints, RollingOptions(
             tuple(options.text), options.text_key or "text", options.seq_len, options.stride, options.batch))
         return
+    from cocomix.evaluate import evaluate_checkpoint
+
     for checkpoint in options.checkpoints:
         evaluate_checkpoint(checkpoint, options.data, options.seq_len, options.batch, options.windows or 0)
 

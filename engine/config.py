@@ -11,8 +11,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cocomix.errors import CocomixError
+from cocomix.methods import MIXING, predicts_concepts
 
-MIXING = ("interleave", "add", "none")
+LABELS_BY = ("attribution", "activation")
 ATTENTION_BACKENDS = ("torch", "triton", "flash", "cudnn")
 
 
@@ -43,7 +44,7 @@ class ModelConfig:
     concept_topk: int = 32
     insert_layer: int = 3
     concept_loss_weight: float = 0.1
-    mixing: str = "interleave"
+    mixing: str = "interleave"  # or add, predict (without mixing), pause (a learned vector instead), none (NTP)
 
 
 @dataclass
@@ -55,6 +56,7 @@ class TeacherConfig:
     sae_k: int | None = None  # keep at most so many latents a token; null: a TopK SAE's own k, 32 of any other SAE
     layer: int = 5  # m, 0-based
     label_topk: int = 4  # K
+    labels_by: str = "attribution"  # or activation: label the largest latents, whatever they do for the next token
     dtype: str = "fp32"  # of the teacher's forward and backward pass
 
 
@@ -80,6 +82,15 @@ class LabelsConfig:
 
     cache: str | None = None  # a folder; `cocomix labels` writes it. None: online
     shard_windows: int = 4096  # windows in one file of the cache
+
+
+@dataclass
+class DistillationConfig:
+    """Knowledge distillation: KL(teacher || student) of next-token distributions beside the student's own loss."""
+
+    weight: float = 0.0  # of that term; 0: no distillation
+    top_k: int | None = 32  # of the teacher's likeliest tokens, the rest counting as one; null: all, online alone
+    cache: str | None = None  # a folder; `cocomix labels` writes it. None: online
 
 
 @dataclass
@@ -128,6 +139,7 @@ class Config:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     sae: SaeConfig = field(default_factory=SaeConfig)
     labels: LabelsConfig = field(default_factory=LabelsConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)  # goes to DeepSpeed as it is
 
@@ -226,7 +238,8 @@ _POSITIVE = (
 )
 _NOT_NEGATIVE = (
     "data.max_tokens",
-    "model.concept_loss_weight", "teacher.layer", "sae.warmup_steps", "sae.aux_k", "sae.aux_weight",
+    "model.concept_loss_weight", "teacher.layer", "distillation.weight", "sae.warmup_steps",
+    "sae.aux_k", "sae.aux_weight",
     "train.warmup_steps", "train.weight_decay", "train.eval_windows", "train.spike_deviations",
 )
 
@@ -234,6 +247,7 @@ _NOT_NEGATIVE = (
 def _validate(config: Config, where: str) -> None:
     _check_signs(config, where)
     data, model, teacher, sae, train = config.data, config.model, config.teacher, config.sae, config.train
+    distillation = config.distillation
     checks = [
         (data.seq_len >= 2, "data.seq_len must be at least 2: a window needs a next token to predict"),
         (0 < data.val_fraction < 1, "data.val_fraction must lie between 0 and 1"),
@@ -241,7 +255,12 @@ def _validate(config: Config, where: str) -> None:
         (model.mixing in MIXING, f"model.mixing is {model.mixing!r}; it must be one of {', '.join(MIXING)}"),
         (model.n_embd % model.n_head == 0,
          f"model.n_embd ({model.n_embd}) must be a multiple of model.n_head ({model.n_head})"),
+        (distillation.top_k is None or distillation.top_k > 0, "distillation.top_k must be positive, or null for all"),
+        (distillation.top_k is not None or distillation.cache is None,
+         "distillation.cache needs distillation.top_k: the whole distribution of every token would fill any disk"),
         (train.precision in ("fp32", "bf16"), f"train.precision is {train.precision!r}; it must be fp32 or bf16"),
+        (teacher.labels_by in LABELS_BY,
+         f"teacher.labels_by is {teacher.labels_by!r}; it must be {' or '.join(LABELS_BY)}"),
         (teacher.dtype in ("fp32", "bf16"), f"teacher.dtype is {teacher.dtype!r}; it must be fp32 or bf16"),
         (train.zero_stage in (0, 1, 2, 3), f"train.zero_stage is {train.zero_stage}; it must be 0, 1, 2 or 3"),
         (not (train.precision == "bf16" and train.zero_stage == 0),
@@ -260,9 +279,11 @@ def _validate(config: Config, where: str) -> None:
         (sae.k <= sae.n_latents, f"sae.k ({sae.k}) must be at most sae.n_latents ({sae.n_latents})"),
     ]
     if model.mixing != "none":
+        checks.append((0 <= model.insert_layer < model.n_layer,
+                       f"model.insert_layer ({model.insert_layer}) must be at least 0 and below model.n_layer "
+                       f"({model.n_layer})"))
+    if predicts_concepts(model.mixing):
         checks += [
-            (0 <= model.insert_layer < model.n_layer,
-             f"model.insert_layer ({model.insert_layer}) must be at least 0 and below model.n_layer ({model.n_layer})"),
             (model.concept_topk <= model.concept_dim,
              f"model.concept_topk ({model.concept_topk}) must be at most model.concept_dim ({model.concept_dim})"),
             (model.concept_dim <= 65535, "model.concept_dim must be at most 65535: label caches hold uint16"),

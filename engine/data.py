@@ -389,13 +389,13 @@ def step_windows(order: WindowOrder, step: int, global_batch: int) -> np.ndarray
 
 
 class WindowDataset(Dataset):
-    """Windows of a split as tensors: `input_ids` int64 [T] and, given labels, `concept_labels` int64 [T, K].
+    """Windows of a split as tensors: `input_ids` int64 [T] and what `supervision` has for them.
 
-    `labels` is anything with `.window(index) -> [T, K]`.
+    `supervision` is anything with `.window(index)`, which returns arrays [T, ...] by the names of a batch's entries.
     """
 
-    def __init__(self, split: TokenSplit, seq_len: int, labels=None):
-        self.split, self.seq_len, self.labels = split, seq_len, labels
+    def __init__(self, split: TokenSplit, seq_len: int, supervision=None):
+        self.split, self.seq_len, self.supervision = split, seq_len, supervision
         self._length = split.n_windows(seq_len)
 
     def __len__(self) -> int:
@@ -403,8 +403,8 @@ class WindowDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         item = {"input_ids": torch.from_numpy(self.split.window(index, self.seq_len))}
-        if self.labels is not None:
-            item["concept_labels"] = torch.from_numpy(np.array(self.labels.window(index), dtype=np.int64))
+        if self.supervision is not None:
+            item |= {name: torch.from_numpy(array) for name, array in self.supervision.window(index).items()}
         return item
 
 

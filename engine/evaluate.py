@@ -53,7 +53,7 @@ def evaluate_checkpoint(checkpoint, data=None, seq_len: int | None = None, batch
     from cocomix.data import TokenFiles
     from cocomix.distributed import own_device
     from cocomix.export import description_folder, find_model, load_model
-    from cocomix.labels import require_vocabulary
+    from cocomix.supervision import require_vocabulary
 
     if batch < 1 or windows < 0:
         raise CocomixError(f"--batch is {batch} and --windows {windows}: expected at least 1 and at least 0 (all)")

@@ -82,6 +82,11 @@ def concept_loss_over_tokens(runs: list[Run]):
     return _smoothed_figure(runs, "concept_loss", "concept loss (nats)")
 
 
+def distillation_loss_over_tokens(runs: list[Run]):
+    """Figure: distance from the teacher on training batches, smoothed. None where no run is distilled."""
+    return _smoothed_figure(runs, "distillation_loss", "KL from the teacher (nats per token)")
+
+
 def throughput_and_memory(runs: list[Run]):
     """Figure: tokens per second and peak memory, one bar a run. None before the first training line."""
     throughput, memory = [run.tokens_per_s for run in runs], [run.peak_memory_gib for run in runs]
@@ -137,6 +142,10 @@ FIGURES = (
     FigureEntry("concept_agreement_tokens", "Agreement on concepts",
                  "Share of the teacher's labels that are among the concepts which the student predicts.",
                  concept_agreement_over_tokens),
+    FigureEntry("distillation_loss_tokens", "Distance from the teacher over tokens",
+                 "KL divergence of the student's next-token distribution from the teacher's, before its weight; where "
+                 "soft targets hold the likeliest tokens alone, of those and the rest as one. Moving average.",
+                 distillation_loss_over_tokens),
     FigureEntry("throughput_memory", "Throughput and memory",
                  "Longer bars are better on the left, shorter ones on the right.", throughput_and_memory),
 )

@@ -8,6 +8,8 @@ What a flash attention computes again in its backward pass is not counted, nor a
 import dataclasses
 from dataclasses import dataclass
 
+from cocomix.methods import doubles_sequence, mixes_concepts, predicts_concepts
+
 MULTIPLY_ADD = 2  # floating-point operations in a multiply-accumulate
 TRAINED = 3  # forward and backward pass together, in forward passes
 
@@ -28,13 +30,16 @@ class StudentShape:
 
 @dataclass(frozen=True)
 class TeacherShape:
-    """Width, blocks and vocabulary of the teacher, the block m that its SAE reads, and the SAE's latents."""
+    """Width, blocks and vocabulary of the teacher, the block m that its SAE reads, the SAE's latents, what picks labels
+    among them ("attribution" or "activation"), and whether the teacher gives soft targets for distillation too."""
 
     n_embd: int
     n_layer: int
     layer: int
     vocab_size: int
     n_latents: int
+    labels_by: str | None = "attribution"  # None: it gives no labels
+    soft_targets: bool = False
 
 
 def forward_parts(shape: StudentShape) -> dict[str, int]:
@@ -42,13 +47,15 @@ def forward_parts(shape: StudentShape) -> dict[str, int]:
     "compress" and "LM head"."""
     d, length = shape.n_embd, shape.seq_len
     parts = {"blocks": shape.n_layer * 12 * d * d, "attention": shape.n_layer * length * d}
-    if shape.mixing == "interleave":
+    if doubles_sequence(shape.mixing):
         h_blocks, f_blocks = shape.insert_layer, shape.n_layer - shape.insert_layer
         # The last block's hidden positions need no query, no output projection and no MLP.
         parts["blocks"] = (h_blocks + 2 * f_blocks) * 12 * d * d - 10 * d * d
         parts["attention"] = h_blocks * length * d + f_blocks * 2 * 2 * length * d - 2 * length * d
-    if shape.mixing != "none":
-        parts |= {"concept head": shape.concept_dim * d, "compress": shape.concept_topk * d}
+    if predicts_concepts(shape.mixing):
+        parts["concept head"] = shape.concept_dim * d
+    if mixes_concepts(shape.mixing):
+        parts["compress"] = shape.concept_topk * d
     return parts | {"LM head": shape.vocab_size * d}
 
 
@@ -69,17 +76,34 @@ def cocomix_forward(shape: StudentShape) -> int:
 
 def labels_online(teacher: TeacherShape, seq_len: int) -> int:
     """Multiply-accumulates per token of taking labels from the teacher: its forward pass, its backward pass to the
-    activations after block m, and the SAE's encoder."""
+    activations after block m, and the SAE's encoder. By activation, the forward pass to block m and the encoder."""
     d, blocks_after = teacher.n_embd, teacher.n_layer - 1 - teacher.layer
+    if teacher.labels_by is None:
+        return 0
+    if teacher.labels_by == "activation":
+        return (teacher.layer + 1) * (12 * d * d + seq_len * d) + teacher.n_latents * d
     forward = teacher.n_layer * (12 * d * d + seq_len * d) + teacher.vocab_size * d
     backward = blocks_after * (12 * d * d + 2 * seq_len * d) + teacher.vocab_size * d
     return forward + backward + teacher.n_latents * d
 
 
+def soft_targets_online(teacher: TeacherShape, seq_len: int) -> int:
+    """Multiply-accumulates per token of taking the teacher's next-token distribution: a forward pass."""
+    d = teacher.n_embd
+    return teacher.n_layer * (12 * d * d + seq_len * d) + teacher.vocab_size * d
+
+
+def frozen_side(shape: StudentShape, teacher: TeacherShape | None) -> int:
+    """Multiply-accumulates per token of what the student learns from the teacher online; None: nothing."""
+    if teacher is None:
+        return 0
+    labels = labels_online(teacher, shape.seq_len) if predicts_concepts(shape.mixing) else 0
+    return labels + (soft_targets_online(teacher, shape.seq_len) if teacher.soft_targets else 0)
+
+
 def training_flops(shape: StudentShape, teacher: TeacherShape | None = None) -> int:
-    """Floating-point operations per token of a forward and backward pass; with a teacher, of its labels too."""
-    labels = 0 if teacher is None or shape.mixing == "none" else labels_online(teacher, shape.seq_len)
-    return MULTIPLY_ADD * (TRAINED * student_forward(shape) + labels)
+    """Floating-point operations per token of a forward and backward pass; with a teacher, of its online work too."""
+    return MULTIPLY_ADD * (TRAINED * student_forward(shape) + frozen_side(shape, teacher))
 
 
 def block_parameters(width: int) -> int:
@@ -97,8 +121,11 @@ def parameter_sizes(shape: StudentShape) -> list[int]:
     d, concepts = shape.n_embd, shape.concept_dim
     block = [d, d, 3 * d * d, 3 * d, d * d, d, d, d, 4 * d * d, 4 * d, 4 * d * d, d]
     sizes = [shape.vocab_size * d, shape.seq_len * d, *block * shape.n_layer, d, d]
-    # pre_bias, then weight and bias of the predictor and of the compress layer
-    return sizes if shape.mixing == "none" else [*sizes, d, concepts * d, concepts, concepts * d, d]
+    if predicts_concepts(shape.mixing):
+        sizes += [d, concepts * d, concepts]  # pre_bias, weight and bias of the predictor
+    if mixes_concepts(shape.mixing):
+        sizes += [concepts * d, d]  # weight and bias of the compress layer
+    return [*sizes, d] if shape.mixing == "pause" else sizes
 
 
 def parameter_count(shape: StudentShape) -> int:

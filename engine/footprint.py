@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 
 from cocomix.flops import StudentShape, TeacherShape, block_parameters, gpt2_parameters, parameter_sizes
+from cocomix.methods import doubles_sequence, mixes_concepts, predicts_concepts
 
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 500 * 2**20}  # of concept logits that exist at once
 _LM_HEAD_ROWS_ON_CPU = 128
@@ -113,7 +114,8 @@ def _gathered(shape, setup):
     if setup.stage != 3 or setup.gpus == 1:
         return 0
     count, d = sum(parameter_sizes(shape)), shape.n_embd
-    largest = max(shape.vocab_size * d, block_parameters(d), shape.concept_dim * d if shape.mixing != "none" else 0)
+    concepts = shape.concept_dim * d if predicts_concepts(shape.mixing) else 0
+    largest = max(shape.vocab_size * d, block_parameters(d), concepts)
     return setup.weight_bytes * min(count, setup.kept_whole + 2 * largest)
 
 
@@ -126,7 +128,7 @@ class _Activations:
         row = 16 * d * b + 4 * n_head + 16  # of a block: what its two norms, four products, GELU and attention keep
         self.blocks, self.inputs, self.rows = [], [], []
         for layer in range(shape.n_layer):
-            doubled = shape.mixing == "interleave" and layer >= shape.insert_layer
+            doubled = doubles_sequence(shape.mixing) and layer >= shape.insert_layer
             positions = 2 if doubled else 1
             per_token = positions * row
             if doubled and layer == shape.n_layer - 1:  # concept queries: 21 widths a token, of which 8 on 2T positions
@@ -134,9 +136,11 @@ class _Activations:
             self.blocks.append(self.tokens * per_token)
             self.inputs.append(self.tokens * positions * d * b)
             self.rows.append(self.tokens * (1 if layer == shape.n_layer - 1 else positions))
-        mixed = shape.mixing != "none"
-        # Centred hidden states and concepts before their scale in fp32; the normalised ones; kept values and indices.
-        self.mixing = self.tokens * (2 * WIDE * d + 2 * d * b + shape.concept_topk * (WIDE + 2 * _INDEX)) * mixed
+        # Centred hidden states in fp32; the normalised ones; kept values and indices. Mixing needs the concepts before
+        # their scale, in fp32.
+        predicted = WIDE * d + 2 * d * b + shape.concept_topk * (WIDE + 2 * _INDEX)
+        self.concepts = self.tokens * (predicted * predicts_concepts(shape.mixing)
+                                       + WIDE * d * mixes_concepts(shape.mixing))
         self.head = self.tokens * 3 * d * b  # the final norm's input, the head's input and the head's gradient
         self.block_work = [5 * d * b * rows for rows in self.rows]  # gradients within an MLP's backward pass
 
@@ -145,8 +149,8 @@ def _moments(shape, n_head, setup):
     """What is live at each moment beside the resident parts."""
     act = _Activations(shape, n_head, setup)
     d, b, cpu = shape.n_embd, setup.weight_bytes, setup.device == "cpu"
-    mixed, insert = shape.mixing != "none", shape.insert_layer
-    concepts = shape.concept_dim * d if mixed else 0
+    predicted, insert = predicts_concepts(shape.mixing), shape.insert_layer
+    concepts = shape.concept_dim * d if predicted else 0
     vocabulary = shape.vocab_size * d
     held = (WIDE if cpu or not setup.bf16 else b) * vocabulary  # the head's gradient, made in the forward pass
     growth = {0: b, 1: b, 2: 0, 3: 0}[setup.stage] * (setup.rounds == 1)  # bytes of gradient a weight, while it grows
@@ -154,29 +158,30 @@ def _moments(shape, n_head, setup):
     common = {"gathered": _gathered(shape, setup), "gradients": _gradients_between(shape, setup)}
     kept = act.inputs if setup.checkpointing else act.blocks
 
-    def at(part, extra, blocks, mixing, grown, lm_held=held):
+    def at(part, extra, blocks, concept_head, grown, lm_held=held):
         parts = dict(common)
         parts["gradients"] = parts["gradients"] + growth * grown
-        parts["activations"] = sum(kept[:blocks]) + (act.mixing if mixing else 0) + act.head
+        parts["activations"] = sum(kept[:blocks]) + (act.concepts if concept_head else 0) + act.head
         parts["LM head"] = lm_held
-        parts["concept head"] = WIDE * concepts if mixing else 0
+        parts["concept head"] = WIDE * concepts if concept_head else 0
         parts["buffers"] = bucket if grown else 0
         return parts | {part: parts.get(part, 0) + extra}
 
     length = shape.n_layer
-    moments = {"LM head": at("LM head", _lm_head_work(shape, setup, act.tokens, held), length, mixed, 0, lm_held=0)}
+    moments = {"LM head": at("LM head", _lm_head_work(shape, setup, act.tokens, held), length, predicted, 0,
+                             lm_held=0)}
     grown = vocabulary
     for layer in reversed(range(length)):
         again = act.blocks[layer] - act.inputs[layer] if setup.checkpointing else 0
         moments[f"backward of block {layer}"] = at(
-            "workspace", again + act.block_work[layer], layer + 1, mixed and layer >= insert, grown)
+            "workspace", again + act.block_work[layer], layer + 1, predicted and layer >= insert, grown)
         grown += block_parameters(d)
-        if mixed and layer == insert:
-            grown += concepts  # the compress layer's
+        if predicted and layer == insert:
+            grown += concepts * mixes_concepts(shape.mixing)  # the compress layer's
             moments["concept head's backward"] = at("concept head", (WIDE + b * (b != WIDE)) * concepts, layer, True,
                                                     grown)
             grown += concepts
-    if mixed:
+    if predicted:
         moments["concept head"] = at("concept head", _concept_chunk(shape, setup, act.tokens), insert, True, 0,
                                      lm_held=0)
     return moments | _last_moments(shape, setup, common, growth, held)
@@ -227,10 +232,13 @@ def _last_moments(shape, setup, common, growth, held):
 
 
 def _label_pass(shape, teacher, size, device):
-    """A pass through the teacher: the blocks after the one that is read keep what autograd needs."""
+    """A pass through the teacher: for attribution the blocks after the one that is read keep what autograd needs."""
     rows = _TEACHER_WINDOWS[device] * shape.seq_len
-    d = teacher.n_embd
-    activations = rows * 16 * d * size * (teacher.n_layer - 1 - teacher.layer)
+    d, by_gradient = teacher.n_embd, teacher.labels_by == "attribution"
+    activations = rows * 16 * d * size * (teacher.n_layer - 1 - teacher.layer) * by_gradient
+    if not by_gradient and not teacher.soft_targets:  # no head is read
+        encoder = min(CHUNK_BYTES[device], rows * teacher.n_latents * size)
+        return {"teacher and SAE": encoder + rows * 9 * d * size}
     head = size * teacher.vocab_size * d + 2 * _LM_HEAD_BYTES if device == "cuda" else WIDE * teacher.vocab_size * d
     encoder = min(CHUNK_BYTES[device], rows * teacher.n_latents * size)
     return {"teacher and SAE": activations + max(head, encoder) + rows * 9 * d * size}

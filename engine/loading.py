@@ -8,6 +8,7 @@ from cocomix.config import TeacherConfig, load_config
 from cocomix.errors import CocomixError
 from cocomix.export import description_folder, find_model, load_model
 from cocomix.files import read_json
+from cocomix.methods import predicts_concepts
 from cocomix.text import load_tokenizer
 
 _VOCABULARY_MULTIPLE = 256  # vocabularies are padded to a multiple of 64, 128 or 256, for the sake of the products
@@ -72,7 +73,7 @@ def load_teacher(path, config_path, usable: UsableModel):
     if teacher.model.config.vocab_size < max(usable.tokenizer.get_vocab().values()) + 1:
         raise CocomixError(f"the teacher {section.model} knows {teacher.model.config.vocab_size} ids, fewer than the "
                            "model's tokenizer makes: it belongs to another tokenizer")
-    if getattr(model.config, "mixing", "none") != "none" and teacher.sae.n_latents != model.config.concept_dim:
+    if predicts_concepts(getattr(model.config, "mixing", "none")) and teacher.sae.n_latents != model.config.concept_dim:
         raise CocomixError(f"the SAE {section.sae} has {teacher.sae.n_latents} latents but the model "
                            f"{model.config.concept_dim} concepts: it was trained with another SAE")
     return teacher

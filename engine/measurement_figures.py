@@ -15,7 +15,6 @@ _PARTS = {
     "other": ("#DDDDDD", ""),
 }
 _BACKWARD = ", backward"
-_MODES = {"ntp": "NTP", "cached": "cached labels", "online": "online labels"}
 _SWEPT = {"N": "tokens N", "d": "width d", "C": "concepts C", "k": "kept concepts k", "T": "window length T"}
 
 _DIMENSION = re.compile(r"-?\b[A-Za-z]{1,2}\d+\b")  # n65536, d512 in the name of a case
@@ -42,7 +41,7 @@ def step_parts(profile: dict[str, Any]):
         left = [start + share for start, share in zip(left, shares, strict=True)]
     for y, total in enumerate(totals):
         axes.annotate(f"{1e3 * total:,.0f} ms", (100, y), (6, 0), textcoords="offset points", va="center", fontsize=9)
-    axes.set_yticks(range(len(modes)), [_MODES.get(name, name) for name in modes])
+    axes.set_yticks(range(len(modes)), [wrapped(profile["modes"][name]["title"]) for name in modes])
     axes.invert_yaxis()
     axes.grid(visible=False)
     axes.set(xlabel="share of a step (%)", xlim=(0, 112), xticks=range(0, 101, 20))

@@ -10,8 +10,6 @@ from cocomix.measurements import Benchmarks, Change, compare, load_benchmarks, l
 from cocomix.page import Section, figure_section, html_table, text_section
 from cocomix.runs import fixed
 
-_MODES = {"ntp": "NTP", "cached": "CoCoMix, cached labels", "online": "CoCoMix, online labels"}
-
 
 def measured_sections(profiles: list[str], bench: str | None, before: str | None) -> tuple[list[Section], str]:
     """The sections of the files that are named, and what is to be said about the comparison of two benchmark files.
@@ -32,8 +30,8 @@ def profile_sections(profile: dict[str, Any], number: int = 1) -> list[Section]:
     """A table of the modes of a profile and a bar of where their steps go."""
     modes, settings = profile["modes"], profile["settings"]
     header = ["mode", "tokens/s", "step ms", "peak GiB", "MFU", "ratio", "ideal", "efficiency", "break-even saving"]
-    rows = [[_MODES.get(name, name), f"{mode['tokens_per_s']:,.0f}", f"{1e3 * mode['step_s']['median']:,.1f}",
-             f"{mode['peak_memory_gib']:.3g}", f"{mode['mfu']:.0%}", *_ratios(mode)] for name, mode in modes.items()]
+    rows = [[mode["title"], f"{mode['tokens_per_s']:,.0f}", f"{1e3 * mode['step_s']['median']:,.1f}",
+             f"{mode['peak_memory_gib']:.3g}", f"{mode['mfu']:.0%}", *_ratios(mode)] for mode in modes.values()]
     device = profile["machine"].get("device", "")
     words = (
         f"{device}; {settings['precision']}, ZeRO {settings['zero_stage']}, ranks: {settings['ranks']}, micro batches "

@@ -86,4 +86,6 @@ def load_profile(path) -> dict[str, Any]:
     content = read_json(path, "the profile")
     if content.get("kind") != "profile" or not isinstance(content.get("modes"), dict):
         raise CocomixError(f"{path} is no profile: expected what `cocomix profile --json FILE` writes")
+    for name, mode in content["modes"].items():
+        mode.setdefault("title", name)  # files of earlier versions have none
     return content

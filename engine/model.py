@@ -17,8 +17,17 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import ModelOutput
 from transformers.pytorch_utils import Conv1D
 
-from cocomix.config import MIXING
-from cocomix.kernels import concept_add, concept_head, concept_mix, interleaved_attention, linear_cross_entropy
+from cocomix.kernels import (
+    FullTargets,
+    TopTargets,
+    concept_add,
+    concept_head,
+    concept_mix,
+    interleaved_attention,
+    linear_cross_entropy,
+    linear_distillation,
+)
+from cocomix.methods import MIXING, doubles_sequence, mixes_concepts, predicts_concepts
 from cocomix.positions import attention_masks, prepare_cache, token_positions
 
 _NORM_EPS = 1e-5  # added to the standard deviation, after the root
@@ -28,8 +37,9 @@ class CoCoMixConfig(PreTrainedConfig):
     """Shape of a CoCoMix model.
 
     `n_positions` counts tokens (T), never the doubled length. `mixing` is "interleave" (the paper's method), "add"
-    (h + c, the sequence keeps T positions) or "none" (plain GPT-2, no concept weights). Raises `ValueError` for
-    values that contradict each other.
+    (h + c, the sequence keeps T positions), "predict" (concepts are predicted and not mixed in), "pause" (a learned
+    vector in each concept's place) or "none" (plain GPT-2). `distillation_weight` is that of KL(teacher || student)
+    where soft targets are given. Raises `ValueError` for values that contradict each other.
     """
 
     model_type = "cocomix"
@@ -53,6 +63,7 @@ class CoCoMixConfig(PreTrainedConfig):
         insert_layer: int = 3,
         concept_loss_weight: float = 0.1,
         mixing: str = "interleave",
+        distillation_weight: float = 0.0,
         layer_norm_epsilon: float = 1e-5,
         initializer_range: float = 0.02,
         use_cache: bool = True,
@@ -65,6 +76,7 @@ class CoCoMixConfig(PreTrainedConfig):
         self.vocab_size, self.n_positions = vocab_size, n_positions
         self.concept_dim, self.concept_topk, self.insert_layer = concept_dim, concept_topk, insert_layer
         self.concept_loss_weight, self.mixing = concept_loss_weight, mixing
+        self.distillation_weight = distillation_weight
         self.layer_norm_epsilon, self.initializer_range = layer_norm_epsilon, initializer_range
         self.use_cache = use_cache
         self._check()
@@ -84,7 +96,7 @@ class CoCoMixConfig(PreTrainedConfig):
             return
         if not 0 <= self.insert_layer < self.n_layer:
             raise ValueError(f"insert_layer ({self.insert_layer}) must be >= 0 and below n_layer ({self.n_layer})")
-        if not 0 < self.concept_topk <= self.concept_dim:
+        if predicts_concepts(self.mixing) and not 0 < self.concept_topk <= self.concept_dim:
             raise ValueError(
                 f"concept_topk ({self.concept_topk}) must be positive and at most concept_dim ({self.concept_dim})"
             )
@@ -92,12 +104,12 @@ class CoCoMixConfig(PreTrainedConfig):
     @property
     def doubled_from(self) -> int:
         """Index of the first block that sees 2T positions; n_layer where none does."""
-        return self.insert_layer if self.mixing == "interleave" else self.n_layer
+        return self.insert_layer if doubles_sequence(self.mixing) else self.n_layer
 
 
 @dataclass
 class CoCoMixModelOutput(ModelOutput):
-    """Output of the blocks; the concept fields are None where `mixing` is "none"."""
+    """Output of the blocks; the concept fields are None where no concepts are predicted."""
 
     last_hidden_state: torch.Tensor | None = None  # [B, T, d], after the final norm
     concept_loss: torch.Tensor | None = None  # scalar float32, None without concept labels
@@ -110,9 +122,11 @@ class CoCoMixModelOutput(ModelOutput):
 class CoCoMixCausalLMOutput(ModelOutput):
     """Output of `CoCoMixForCausalLM`."""
 
-    loss: torch.Tensor | None = None  # ntp_loss + concept_loss_weight * concept_loss
+    # ntp_loss + concept_loss_weight * concept_loss + distillation_weight * distillation_loss; what has no term is None
+    loss: torch.Tensor | None = None
     ntp_loss: torch.Tensor | None = None  # mean next-token cross-entropy
     concept_loss: torch.Tensor | None = None
+    distillation_loss: torch.Tensor | None = None  # KL(teacher || student); with it ntp_loss carries no gradient
     logits: torch.Tensor | None = None  # [B, T, V]
     concept_values: torch.Tensor | None = None
     concept_indices: torch.Tensor | None = None
@@ -226,14 +240,30 @@ class CompressLayer(nn.Module):
         return mix(hidden, values, indices, self.weight, self.bias, pre_bias, mean, std)
 
 
+class PauseTokens(nn.Module):
+    """One learned vector after every hidden state, where CoCoMix has its concepts."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, hidden):
+        """hidden [B, T, d] -> [B, 2T, d]."""
+        return torch.stack([hidden, self.weight.to(hidden.dtype).expand_as(hidden)], dim=2).flatten(1, 2)
+
+
 class LanguageModelHead(nn.Linear):
     """The vocabulary product, or its loss without logits."""
 
-    def forward(self, x, labels=None):
-        """x [..., d] -> logits [..., V]; with labels [...], the mean cross-entropy (-100 is ignored)."""
+    def forward(self, x, labels=None, targets=None, distillation_weight=0.0):
+        """x [..., d] -> logits [..., V]; with labels [...], the mean cross-entropy (-100 is ignored); with soft targets
+        [...] too, a `DistillationLoss`."""
         if labels is None:
             return super().forward(x)
-        return linear_cross_entropy(x.flatten(0, -2), self.weight, labels.flatten())
+        x, labels = x.flatten(0, -2), labels.flatten()
+        if targets is None:
+            return linear_cross_entropy(x, self.weight, labels)
+        return linear_distillation(x, self.weight, labels, targets, distillation_weight)
 
 
 class CoCoMixPreTrainedModel(PreTrainedModel):
@@ -251,7 +281,7 @@ class CoCoMixPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, ResidualProjection):  # two residual additions a block
             std /= math.sqrt(2 * self.config.n_layer)
-        if isinstance(module, (Conv1D, nn.Linear, nn.Embedding, CompressLayer)):
+        if isinstance(module, (Conv1D, nn.Linear, nn.Embedding, CompressLayer, PauseTokens)):
             nn.init.normal_(module.weight, std=std)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
@@ -272,12 +302,13 @@ class CoCoMixModel(CoCoMixPreTrainedModel):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False  # of each block; set by gradient_checkpointing_enable()
-        if config.mixing == "none":
-            self.pre_bias = None
-        else:
-            self.pre_bias = nn.Parameter(torch.zeros(config.n_embd))
+        self.pre_bias = nn.Parameter(torch.zeros(config.n_embd)) if predicts_concepts(config.mixing) else None
+        if predicts_concepts(config.mixing):
             self.concept_predictor = ConceptPredictor(config.n_embd, config.concept_dim)
+        if mixes_concepts(config.mixing):
             self.compress_layer = CompressLayer(config.concept_dim, config.n_embd)
+        if config.mixing == "pause":
+            self.pause_tokens = PauseTokens(config.n_embd)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -329,16 +360,20 @@ class CoCoMixModel(CoCoMixPreTrainedModel):
         return CoCoMixModelOutput(last_hidden_state=self.ln_f(x), past_key_values=past_key_values, **concepts)
 
     def _mix(self, hidden, labels):
-        """Predict concepts from hidden [B, T, d] and mix them in; also returns what was predicted."""
+        """What block `insert_layer` gets for hidden [B, T, d], and what concepts were predicted."""
         config = self.config
+        if config.mixing == "pause":
+            return self.pause_tokens(hidden), {}
         wide = hidden.float() if hidden.dtype != torch.float64 else hidden
         std, mean = torch.std_mean(wide, dim=-1, keepdim=True)
         normalised = ((wide - mean) / (std + _NORM_EPS)).to(hidden.dtype) - self.pre_bias
         labels = None if labels is None else labels.flatten(0, 1)
         head = self.concept_predictor(normalised.flatten(0, 1), config.concept_topk, labels)
         values, indices = (t.unflatten(0, hidden.shape[:2]) for t in (head.values, head.indices))
-        mixed = self.compress_layer(hidden, values, indices, self.pre_bias, mean, std, config.mixing)
-        return mixed, {"concept_loss": head.loss, "concept_values": values, "concept_indices": indices}
+        concepts = {"concept_loss": head.loss, "concept_values": values, "concept_indices": indices}
+        if not mixes_concepts(config.mixing):
+            return hidden, concepts
+        return self.compress_layer(hidden, values, indices, self.pre_bias, mean, std, config.mixing), concepts
 
     def _check_length(self, length):
         if length > self.config.n_positions:
@@ -360,50 +395,62 @@ class CoCoMixForCausalLM(CoCoMixPreTrainedModel, GenerationMixin):
 
     def forward(
         self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None, labels=None,
-        concept_labels=None, concept_token_count=None, num_items_in_batch=None, return_logits=None, logits_to_keep=0,
-        **_,
+        concept_labels=None, concept_token_count=None, soft_target_ids=None, soft_target_log_probs=None,
+        teacher_hidden=None, teacher_head=None, num_items_in_batch=None, return_logits=None, logits_to_keep=0, **_,
     ):
-        """Next-token prediction and concept prediction.
+        """Next-token prediction, concept prediction and distillation.
 
         input_ids [B, T] int64; labels [B, T] (usually input_ids: shifted inside, -100 is ignored); concept_labels
-        [B, T, K] (-1: none), ignored for mixing="none". `concept_token_count` replaces the number of labelled tokens
-        that the concept loss is divided by, so that micro batches add up to one batch. `num_items_in_batch`, which
-        transformers' Trainer passes, is the number of predicted tokens in all micro batches of a step: the losses are
-        then this micro batch's share, by predicted tokens, and add up to those of the step. Logits are computed when
-        labels is None or `return_logits`, for the last `logits_to_keep` positions (0: all).
+        [B, T, K] (-1: none), ignored where no concepts are predicted. `concept_token_count` replaces the number of
+        labelled tokens that the concept loss is divided by, so that micro batches add up to one batch. With the
+        teacher's J likeliest tokens (`soft_target_ids`, `soft_target_log_probs` [B, T, J]) or its last hidden states
+        and head (`teacher_hidden` [B, T, d_t], `teacher_head` [V_t, d_t]) the student is distilled too.
+        `num_items_in_batch`, which transformers' Trainer passes, is the number of predicted tokens in all micro batches
+        of a step: the losses are then this micro batch's share, by predicted tokens, and add up to those of the step.
+        Logits are computed when labels is None or `return_logits`, for the last `logits_to_keep` positions (0: all).
         """
         use_cache = self.config.use_cache and labels is None if use_cache is None else use_cache
         out = self.transformer(
             input_ids, attention_mask, position_ids, past_key_values, use_cache, concept_labels
         )
-        hidden, loss, ntp_loss, concept_loss, logits = out.last_hidden_state, None, None, out.concept_loss, None
+        hidden, concept_loss = out.last_hidden_state, out.concept_loss
+        loss = ntp_loss = distillation_loss = logits = None
         if labels is None or return_logits:
             logits = self.lm_head(hidden[:, -logits_to_keep:])
         if labels is not None:
-            ntp_loss = self._next_token_loss(hidden, labels, num_items_in_batch)
+            targets = _soft_targets(soft_target_ids, soft_target_log_probs, teacher_hidden, teacher_head)
+            loss, ntp_loss, distillation_loss = self._next_token_losses(hidden, labels, targets, num_items_in_batch)
         if concept_loss is not None and concept_token_count is not None:
             labelled = (concept_labels >= 0).any(-1).sum()
             concept_loss = concept_loss * (labelled / concept_token_count)
         if concept_loss is not None and num_items_in_batch is not None:
             concept_loss = concept_loss * ((labels[:, 1:] != -100).sum() / num_items_in_batch)
-        if ntp_loss is not None:
-            loss = ntp_loss if concept_loss is None else ntp_loss + self.config.concept_loss_weight * concept_loss
+        if loss is not None and concept_loss is not None:
+            loss = loss + self.config.concept_loss_weight * concept_loss
         return CoCoMixCausalLMOutput(
-            loss=loss, ntp_loss=ntp_loss, concept_loss=concept_loss, logits=logits,
+            loss=loss, ntp_loss=ntp_loss, concept_loss=concept_loss, distillation_loss=distillation_loss, logits=logits,
             concept_values=out.concept_values, concept_indices=out.concept_indices,
             past_key_values=out.past_key_values if use_cache else None,
         )
 
-    def _next_token_loss(self, hidden, labels, n_predicted_in_batch=None):
+    def _next_token_losses(self, hidden, labels, targets, n_predicted_in_batch=None):
+        """What the head's part of the loss is, and of it the mean cross-entropy and the KL divergence, None without
+        soft targets."""
         if hidden.shape[1] < 2:  # a one-token window predicts nothing
-            return hidden.sum() * 0.0
-        hidden, labels = hidden[:, :-1], labels[:, 1:]
-        if n_predicted_in_batch is None:
-            return self.lm_head(hidden, labels)
-        n_predicted = (labels != -100).sum()
-        if n_predicted == 0:
-            return hidden.sum() * 0.0
-        return self.lm_head(hidden, labels) * (n_predicted / n_predicted_in_batch)
+            nothing = hidden.sum() * 0.0
+            return nothing, nothing, None if targets is None else nothing.detach()
+        hidden, labels, share = hidden[:, :-1], labels[:, 1:], 1.0
+        if n_predicted_in_batch is not None:
+            n_predicted = (labels != -100).sum()
+            if n_predicted == 0:
+                return hidden.sum() * 0.0, hidden.new_zeros(()), None if targets is None else hidden.new_zeros(())
+            share = n_predicted / n_predicted_in_batch
+        if targets is None:
+            loss = self.lm_head(hidden, labels) * share
+            return loss, loss, None
+        targets = type(targets)(*(t[:, :-1].flatten(0, 1) if t.dim() == 3 else t for t in targets))
+        found = self.lm_head(hidden, labels, targets, self.config.distillation_weight)
+        return tuple(part * share for part in found)
 
     @classmethod
     def from_reference(cls, path_or_state_dict, *, concept_dim, insert_layer, concept_topk, n_head=None):
@@ -425,6 +472,13 @@ class CoCoMixForCausalLM(CoCoMixPreTrainedModel, GenerationMixin):
         from cocomix.conversion import from_gpt2
 
         return from_gpt2(cls, path_or_model)
+
+
+def _soft_targets(ids, log_probs, teacher_hidden, teacher_head):
+    """What was given of the teacher's distribution, None for nothing."""
+    if ids is not None:
+        return TopTargets(ids, log_probs)
+    return None if teacher_hidden is None else FullTargets(teacher_hidden, teacher_head)
 
 
 AutoConfig.register("cocomix", CoCoMixConfig, exist_ok=True)

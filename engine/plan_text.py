@@ -6,6 +6,7 @@ from cocomix.clusters import load_cluster
 from cocomix.config import Config
 from cocomix.files import write_json
 from cocomix.flops import parameter_count, training_flops
+from cocomix.methods import predicts_concepts
 from cocomix.planner import Plan, gigabytes, make_job, make_plan, predict, settings_of
 
 
@@ -65,8 +66,12 @@ def describe(plan: Plan) -> str:
 
 
 def _mode(job):
-    labels = "" if job.shape.mixing == "none" else ", online labels" if job.teacher is not None else ", cached labels"
-    return f"mixing {job.shape.mixing}{labels}"
+    config, sources = job.config, []
+    if predicts_concepts(job.shape.mixing):
+        sources.append(f"{'cached' if config.labels.cache else 'online'} labels")
+    if config.distillation.weight:
+        sources.append(f"{'cached' if config.distillation.cache else 'online'} soft targets")
+    return ", ".join([f"mixing {job.shape.mixing}", *sources])
 
 
 def _rates(job):

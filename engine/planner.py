@@ -21,12 +21,13 @@ from cocomix.flops import (
     StudentShape,
     TeacherShape,
     forward_parts,
-    labels_online,
+    frozen_side,
     parameter_count,
     parameter_sizes,
     training_flops,
 )
 from cocomix.footprint import WIDE, Footprint, Setup, footprint
+from cocomix.methods import doubles_sequence, mixes_concepts, predicts_concepts
 
 # Shapes by name, so that a plan needs no download: width, blocks, vocabulary.
 GPT2_SIZES = {"gpt2": (768, 12), "gpt2-medium": (1024, 24), "gpt2-large": (1280, 36), "gpt2-xl": (1600, 48)}
@@ -77,7 +78,7 @@ class Job:
 
     config: Config
     shape: StudentShape
-    teacher: TeacherShape | None  # None where labels come from a cache or are not needed
+    teacher: TeacherShape | None  # None where labels and soft targets come from caches or are not needed
     cluster: Cluster
 
     @property
@@ -93,8 +94,7 @@ def make_job(config: Config, cluster: Cluster, vocab_size: int | None = None) ->
     vocabulary = vocab_size or _vocabulary(config)
     shape = StudentShape(model.n_embd, model.n_layer, model.insert_layer, vocabulary, config.data.seq_len,
                          model.concept_dim, model.concept_topk, model.mixing)
-    online = model.mixing != "none" and config.labels.cache is None
-    return Job(config, shape, _teacher(config) if online else None, cluster)
+    return Job(config, shape, _teacher(config), cluster)
 
 
 def _vocabulary(config):
@@ -111,9 +111,15 @@ def _vocabulary(config):
 
 
 def _teacher(config):
-    name = config.teacher.model
+    """The shape of what runs beside training, None where all comes from caches or nothing is needed."""
+    name, distils = config.teacher.model, config.distillation.weight > 0
+    labels = predicts_concepts(config.model.mixing) and config.labels.cache is None
+    soft_targets = distils and config.distillation.cache is None
+    if not labels and not soft_targets:
+        return None
     if name is None:
-        raise CocomixError("labels.cache and teacher.model are not set: set the one that labels are to come from")
+        cache, what = ("labels.cache", "labels") if labels else ("distillation.cache", "soft targets")
+        raise CocomixError(f"{cache} and teacher.model are not set: set the one that {what} are to come from")
     known = GPT2_SIZES.get(name.removeprefix("openai-community/"))
     if known is not None:
         width, n_layer, vocabulary = *known, GPT2_VOCABULARY
@@ -128,9 +134,12 @@ def _teacher(config):
         vocabulary = stored["vocab_size"]
         if width is None or n_layer is None:
             raise CocomixError(f"{file} names neither n_embd and n_layer nor hidden_size and num_hidden_layers")
+    if not labels:
+        return TeacherShape(width, n_layer, 0, vocabulary, 0, labels_by=None, soft_targets=True)
     if config.teacher.layer >= n_layer:
         raise CocomixError(f"teacher.layer is {config.teacher.layer} but the teacher has blocks 0 to {n_layer - 1}")
-    return TeacherShape(width, n_layer, config.teacher.layer, vocabulary, config.model.concept_dim)
+    return TeacherShape(width, n_layer, config.teacher.layer, vocabulary, config.model.concept_dim,
+                        config.teacher.labels_by, soft_targets)
 
 
 def _read_shape(file, *keys):
@@ -211,17 +220,22 @@ def step_bytes(job: Job, setup: Setup) -> float:
     shape, b = job.shape, setup.weight_bytes
     d, tokens = shape.n_embd, setup.micro_batch * setup.rounds * shape.seq_len
     positions = shape.n_layer
-    if shape.mixing == "interleave":
+    if doubles_sequence(shape.mixing):
         positions = shape.insert_layer + 2 * (shape.n_layer - shape.insert_layer) - 1
     blocks = positions * 18 * d * b  # norms read and write, residuals read two and write one, GELU 4d in and out
     heads = shape.vocab_size * 4 * b  # a logit is written, read for its row's sum, read and written as a gradient
-    if shape.mixing != "none":
-        heads += shape.concept_dim * 5 * b + shape.concept_topk * d * 4 * b + 24 * d * b  # a read more for the TopK
+    if predicts_concepts(shape.mixing):
+        heads += shape.concept_dim * 5 * b + 8 * d * b  # a read more for the TopK; the normalised hidden states
+    if mixes_concepts(shape.mixing):
+        heads += shape.concept_topk * d * 4 * b + 16 * d * b
     labels = 0
     if job.teacher is not None:
         teacher = job.teacher
-        blocks_run = 2 * teacher.n_layer - teacher.layer - 1
-        labels = 2 * (blocks_run * 18 * teacher.n_embd + 4 * teacher.vocab_size + 2 * teacher.n_latents)
+        by_gradient = teacher.labels_by == "attribution"
+        blocks_run = {"attribution": 2 * teacher.n_layer - teacher.layer - 1, "activation": teacher.layer + 1,
+                      None: 0}[teacher.labels_by] + teacher.n_layer * teacher.soft_targets
+        logits = 4 * teacher.vocab_size * (by_gradient + teacher.soft_targets)
+        labels = 2 * (blocks_run * 18 * teacher.n_embd + logits + 2 * teacher.n_latents)
     activations = tokens * (blocks * (TRAINED + setup.checkpointing) + heads + labels)
     count = parameter_count(shape)
     share = 1 if setup.stage == 0 else setup.gpus
@@ -249,7 +263,7 @@ def predict(job: Job, setup: Setup) -> Prediction:
     tokens = setup.micro_batch * setup.rounds * job.shape.seq_len
     passes = TRAINED + setup.checkpointing
     attention = tokens * MULTIPLY_ADD * passes * forward_parts(job.shape)["attention"]
-    labels = 0 if job.teacher is None else tokens * MULTIPLY_ADD * labels_online(job.teacher, job.shape.seq_len)
+    labels = tokens * MULTIPLY_ADD * frozen_side(job.shape, job.teacher)
     label_rate = (cluster.product_tflops if teacher_bytes == 2 else cluster.fp32_tflops) * 1e12
     compute = ((flops - attention - labels) / job.rate + labels / label_rate
                + attention / min(job.rate, cluster.attention_tflops * 1e12) + moved / (cluster.memory_tb_s * 1e12))

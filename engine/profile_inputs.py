@@ -1,4 +1,5 @@
-"""What a profile's steps read: token files where there are some, else random tokens; random labels; a teacher."""
+"""What a profile's steps read: token files where there are some, else random tokens; random labels and soft targets;
+teachers."""
 
 import dataclasses
 from pathlib import Path
@@ -8,10 +9,13 @@ import torch
 
 from cocomix.config import Config
 from cocomix.data import TokenFiles
+from cocomix.distillation import DistillationTeacher
 from cocomix.errors import CocomixError
-from cocomix.flops import StudentShape, TeacherShape
+from cocomix.flops import StudentShape
+from cocomix.methods import predicts_concepts
 from cocomix.planner import make_job
 from cocomix.sae import SparseAutoencoder
+from cocomix.supervision import LABELS, SOFT_TARGETS
 from cocomix.teacher import DTYPES, ConceptTeacher
 
 _WINDOWS = 2**20  # of random tokens; they are made when they are read
@@ -41,26 +45,31 @@ class RandomLabels:
             raise CocomixError(f"teacher.label_topk ({label_topk}) must be at most model.concept_dim ({concept_dim})")
         self.concept_dim, self.seq_len, self.label_topk = concept_dim, seq_len, label_topk
 
-    def window(self, index: int) -> np.ndarray:
-        """int64 [T, K]."""
+    def window(self, index: int) -> dict[str, np.ndarray]:
+        """`concept_labels` int64 [T, K]."""
         draw = np.random.default_rng((1, index))
         first = draw.integers(self.concept_dim, size=(self.seq_len, 1))
         stride = draw.integers(1, self.concept_dim // self.label_topk + 1, size=(self.seq_len, 1))
         labels = (first + stride * np.arange(self.label_topk)) % self.concept_dim
         labels[-1] = -1
-        return labels
+        return {"concept_labels": labels}
 
 
-class Labels:
-    """Where a mode's labels come from: nowhere (`kind` None), its batches ("cached"), or a teacher ("online")."""
+class RandomSoftTargets:
+    """Soft targets as a cache holds them: J distinct ids with falling probabilities that add up to a half."""
 
-    def __init__(self, kind: str | None, teacher=None):
-        self.kind, self.teacher = kind, teacher
+    def __init__(self, vocab_size: int, seq_len: int, top_k: int):
+        if top_k > vocab_size:
+            raise CocomixError(f"distillation.top_k is {top_k} but the vocabulary has {vocab_size} tokens")
+        self.vocab_size, self.seq_len, self.top_k = vocab_size, seq_len, top_k
 
-    def add_to(self, batch: dict) -> None:
-        """Put `concept_labels` [B, T, K] into a batch where a teacher makes them."""
-        if self.teacher is not None:
-            batch["concept_labels"] = self.teacher.labels(batch["input_ids"])
+    def window(self, index: int) -> dict[str, np.ndarray]:
+        """`soft_target_ids` int64 and `soft_target_log_probs` float16, both [T, J]."""
+        first = np.random.default_rng((2, index)).integers(self.vocab_size, size=(self.seq_len, 1))
+        weights = 1 / np.arange(1, self.top_k + 1)
+        log_probs = np.log(weights / weights.sum() / 2).astype(np.float16)
+        return {"soft_target_ids": (first + np.arange(self.top_k)) % self.vocab_size,
+                "soft_target_log_probs": np.tile(log_probs, (self.seq_len, 1))}
 
 
 def open_tokens(config: Config, vocab_size: int | None):
@@ -76,44 +85,78 @@ def open_tokens(config: Config, vocab_size: int | None):
     return RandomTokens(shape.vocab_size), shape.vocab_size
 
 
+def baseline(config: Config) -> Config:
+    """The config of next-token prediction, which needs no teacher."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, mixing="none"),
+                               distillation=dataclasses.replace(config.distillation, weight=0.0))
+
+
 def student_shape(config: Config, vocab_size: int | None) -> StudentShape:
     """The shape of the config's student. Raises `CocomixError` where nothing tells the vocabulary."""
-    plain = dataclasses.replace(config, model=dataclasses.replace(config.model, mixing="none"))
-    shape = make_job(plain, None, vocab_size).shape  # plain: the teacher's shape is not wanted here
+    shape = make_job(baseline(config), None, vocab_size).shape  # the teacher's shape is not wanted here
     return dataclasses.replace(shape, mixing=config.model.mixing)
 
 
-def build_teacher(config: Config, device: torch.device, vocab_size: int, at_random: bool) -> ConceptTeacher:
-    """The config's teacher; or one of GPT-2 124M's shape with `concept_dim` latents and random weights, on which the
-    arithmetic does not depend. Raises `CocomixError` where it cannot be loaded or does not fit the student."""
-    teacher = _random_teacher(config, device, vocab_size) if at_random else ConceptTeacher.from_config(
-        config.teacher, device)
-    knows, latents = teacher.model.config.vocab_size, teacher.sae.n_latents
-    if knows < vocab_size:
-        raise CocomixError(f"the teacher knows {knows} ids but the tokens use {vocab_size}")
-    if latents != config.model.concept_dim:
-        raise CocomixError(f"model.concept_dim is {config.model.concept_dim} but the SAE has {latents} latents")
-    return teacher
+def needs(config: Config) -> tuple[str, ...]:
+    """What the config's student learns from beside the tokens, of `LABELS` and `SOFT_TARGETS`."""
+    wanted = ((LABELS, predicts_concepts(config.model.mixing)), (SOFT_TARGETS, config.distillation.weight > 0))
+    return tuple(name for name, is_wanted in wanted if is_wanted)
 
 
-def _random_teacher(config, device, vocab_size):
+def random_caches(config: Config, vocab_size: int) -> dict:
+    """What caches would hold for the config's student, at random."""
+    length, made = config.data.seq_len, {}
+    if LABELS in needs(config):
+        made[LABELS] = RandomLabels(config.model.concept_dim, length, config.teacher.label_topk)
+    if SOFT_TARGETS in needs(config):
+        if config.distillation.top_k is None:
+            raise CocomixError("whole distributions are never cached: profile --labels online alone, or set "
+                               "distillation.top_k")
+        made[SOFT_TARGETS] = RandomSoftTargets(vocab_size, length, config.distillation.top_k)
+    return made
+
+
+def build_teachers(config: Config, device: torch.device, vocab_size: int, at_random: bool) -> dict:
+    """The teachers of all that the config's student needs, which share one language model.
+
+    They are the config's; or one of GPT-2 124M's shape with `concept_dim` latents and random weights, on which the
+    arithmetic does not depend. Raises `CocomixError` where they cannot be loaded or do not fit the student.
+    """
+    made, model = {}, None
+    if LABELS in needs(config):
+        made[LABELS] = _random_teacher(config, device, vocab_size) if at_random else ConceptTeacher.from_config(
+            config.teacher, device)
+        latents, model = made[LABELS].sae.n_latents, made[LABELS].model
+        if latents != config.model.concept_dim:
+            raise CocomixError(f"model.concept_dim is {config.model.concept_dim} but the SAE has {latents} latents")
+    if SOFT_TARGETS in needs(config):
+        if model is None and at_random:
+            model = _random_gpt2(config, device, vocab_size)
+        made[SOFT_TARGETS] = DistillationTeacher.from_config(config, vocab_size, device, model)
+    for teacher in made.values():
+        if teacher.model.config.vocab_size < vocab_size:
+            raise CocomixError(f"the teacher knows {teacher.model.config.vocab_size} ids but the tokens use "
+                               f"{vocab_size}")
+    return made
+
+
+def _random_gpt2(config, device, vocab_size):
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    dtype, latents = DTYPES[config.teacher.dtype], config.model.concept_dim
     with torch.device(device):
         torch.manual_seed(config.train.seed)
         model = GPT2LMHeadModel(GPT2Config(
             vocab_size=max(_GPT2_VOCABULARY, vocab_size), n_positions=max(_GPT2_CONTEXT, config.data.seq_len),
             bos_token_id=None, eos_token_id=None))
+    return model.to(DTYPES[config.teacher.dtype])
+
+
+def _random_teacher(config, device, vocab_size):
+    model, latents = _random_gpt2(config, device, vocab_size), config.model.concept_dim
+    with torch.device(device):
         width = model.config.n_embd
         encoder, decoder = (torch.randn(latents, width) * width**-0.5 for _ in range(2))
         sae = SparseAutoencoder(encoder, torch.zeros(latents), torch.zeros(width), decoder, config.model.concept_topk,
                                 normalize=True)
-    return ConceptTeacher(model.to(dtype), sae.to(dtype), config.teacher.layer, config.teacher.label_topk)
-
-
-def teacher_shape(teacher: ConceptTeacher) -> TeacherShape:
-    """The shape that the teacher's arithmetic follows from."""
-    config = teacher.model.config
-    return TeacherShape(config.hidden_size, config.num_hidden_layers, teacher.layer, config.vocab_size,
-                        teacher.sae.n_latents)
+    return ConceptTeacher(model, sae.to(DTYPES[config.teacher.dtype]), config.teacher.layer,
+                          config.teacher.label_topk, config.teacher.labels_by)

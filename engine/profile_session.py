@@ -26,11 +26,14 @@ from cocomix.machine import (
     peak_bytes,
     synchronize,
 )
-from cocomix.profile_inputs import Labels, RandomLabels, build_teacher, open_tokens, student_shape, teacher_shape
+from cocomix.methods import method_title, mixes_concepts
+from cocomix.profile_inputs import baseline, build_teachers, needs, open_tokens, random_caches, student_shape
 from cocomix.step_parts import OPTIMIZER, Timeline, marked, marked_updates
+from cocomix.supervision import LABELS, Supervision, teacher_shape
 from cocomix.train_step import TrainStep, build_student, training_batches
 
-NTP, CACHED, ONLINE = "ntp", "cached", "online"
+NTP, CACHED, ONLINE = "ntp", "cached", "online"  # the baseline, and the student by where its labels come from
+ALONE = "alone"  # a student that needs nothing but tokens
 PUBLIC, TRANSFORMERS = "public", "transformers"  # what --against takes
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _ENDLESS = 10**15  # training tokens: a profile ends when its rounds do
@@ -67,6 +70,7 @@ class Mode:
     """One way to train, ready to step; what was measured of it."""
 
     name: str
+    title: str  # for people
     student: Student
     train_step: TrainStep
     batches: Iterator[dict]
@@ -95,8 +99,9 @@ class Profile:
     """
 
     def __init__(self, config: Config, options: Options, ranks: Ranks, windows: dict[str, int] | None = None):
-        if config.model.mixing == "none":
-            raise CocomixError("model.mixing is none, which leaves nothing to compare: pass --mixing interleave")
+        if config.model.mixing == "none" and not needs(config):
+            raise CocomixError("model.mixing is none and distillation.weight is 0, which leaves nothing to compare: "
+                               "pass --mixing interleave")
         self.config, self.options, self.ranks = _endless(config, options, ranks.world), options, ranks
         self.training_accumulation = max(1, config.train.global_batch // (config.train.micro_batch * ranks.world))
         self.rounds = options.rounds or DEFAULT_ROUNDS[ranks.device.type]
@@ -105,7 +110,7 @@ class Profile:
         self.shape = student_shape(self.config, self.vocab_size)
         self.kinds = self._kinds()
         self.peers = _load_peers(options, config) if options.against else None
-        self.teacher, self.teacher_bytes, self.modes = None, 0, {}
+        self.teachers, self.teacher_bytes, self.modes = {}, 0, {}
         self._product = ProductRate(ranks.device, _DTYPES[config.train.precision])  # now: later nothing may be free
         self.rates: list[float] = []
         self._windows = windows or {}
@@ -120,12 +125,19 @@ class Profile:
             gc.unfreeze()
 
     def _kinds(self):
-        has_teacher = self.options.random_teacher or bool(self.config.teacher.model and self.config.teacher.sae)
-        kinds = self.options.labels or ((CACHED, ONLINE) if has_teacher else (CACHED,))
-        if ONLINE in kinds and not has_teacher:
+        config, wanted = self.config, needs(self.config)
+        if not wanted:
+            if self.options.labels:
+                raise CocomixError(f"{method_title(config.model.mixing)} learns from no teacher: leave --labels away")
+            return (ALONE,)
+        of_labels = LABELS not in wanted or config.teacher.sae
+        has_teacher = self.options.random_teacher or bool(config.teacher.model and of_labels)
+        is_possible = {CACHED: LABELS in wanted or config.distillation.top_k, ONLINE: has_teacher}
+        kinds = self.options.labels or tuple(kind for kind in (CACHED, ONLINE) if is_possible[kind])
+        if not kinds or (ONLINE in kinds and not has_teacher):
             raise CocomixError(
-                "online labels need a teacher: set teacher.model and teacher.sae, or pass --random-teacher, or profile "
-                "--labels cached alone")
+                f"online {wanted[0]} need a teacher: set teacher.model{' and teacher.sae' * (LABELS in wanted)}, or "
+                "pass --random-teacher, or profile --labels cached alone")
         return kinds
 
     # Building
@@ -133,27 +145,29 @@ class Profile:
     def _build(self):
         device = self.ranks.device
         if ONLINE in self.kinds:
-            self.teacher_bytes, self.teacher = kept_bytes(
-                lambda: build_teacher(self.config, device, self.vocab_size, self.options.random_teacher), device)
-        ntp = self._student(NTP, "none")
-        self._add(NTP, ntp, None)
-        mixed = self._student(self.kinds[0], self.config.model.mixing)
+            self.teacher_bytes, self.teachers = kept_bytes(
+                lambda: build_teachers(self.config, device, self.vocab_size, self.options.random_teacher), device)
+        ntp = self._student(NTP, baseline(self.config))
+        self._add(NTP, method_title("none"), ntp, NTP)
+        mixed = self._student(self.kinds[0], self.config)
         for kind in self.kinds:
-            self._add(kind, mixed, kind)
+            self._add(kind, self._title(kind), mixed, kind)
         if TRANSFORMERS in self.options.against:
             way = self.peers.transformers_gpt2(ntp.engine.module, self.config.train.compile)
-            self._add(TRANSFORMERS, ntp, None, of=NTP, way=way, has_parts=False)
+            self._add(TRANSFORMERS, "transformers GPT-2", ntp, NTP, of=NTP, way=way, has_parts=False)
         if PUBLIC in self.options.against:
             for kind in self.kinds:
-                teacher = self.peers.PublicTeacher(self.teacher) if kind == ONLINE else None
-                self._add(f"{PUBLIC} {kind}", mixed, kind, of=kind, way=self.peers.public_student(mixed.engine.module),
-                          teacher=teacher)
+                teachers = {LABELS: self.peers.PublicTeacher(self.teachers[LABELS])} if kind == ONLINE else None
+                self._add(f"{PUBLIC} {kind}", f"public way, {kind} labels", mixed, kind, of=kind,
+                          way=self.peers.public_student(mixed.engine.module), teachers=teachers)
         for mode in self.modes.values():
             self._first_steps(mode)
 
-    def _student(self, name, mixing):
-        config = _with_mixing(self.config, mixing)
+    def _title(self, kind):
+        method = method_title(self.config.model.mixing, self.config.distillation.weight > 0)
+        return method if kind == ALONE else f"{method}, {kind} {' and '.join(needs(self.config))}"
 
+    def _student(self, name, config):
         def build():
             with torch.device(self.ranks.device):
                 model = build_student(config, self.vocab_size)
@@ -163,17 +177,17 @@ class Profile:
         student.kept_bytes = kept
         return student
 
-    def _add(self, name, student, kind, teacher=None, **more):
+    def _add(self, name, title, student, kind, teachers=None, **more):
         config, windows = self.config, self._windows.get(name, self.config.train.micro_batch)
-        shape = dataclasses.replace(self.shape, mixing="none") if kind is None else self.shape
-        label_teacher = (teacher or self.teacher) if kind == ONLINE else None
-        of_teacher = teacher_shape(self.teacher) if kind == ONLINE else None
-        cached = RandomLabels(shape.concept_dim, shape.seq_len, config.teacher.label_topk) if kind == CACHED else None
-        batches = training_batches(config, self.split, cached, self.ranks)
+        shape = dataclasses.replace(self.shape, mixing="none") if kind == NTP else self.shape
+        supervision = Supervision(random_caches(config, self.vocab_size) if kind == CACHED else None,
+                                  (teachers or self.teachers) if kind == ONLINE else None)
+        of_teacher = teacher_shape(self.teachers) if kind == ONLINE else None
+        batches = training_batches(config, self.split, supervision, self.ranks)
         if windows < config.train.micro_batch:
             batches = ({key: value[:windows] for key, value in batch.items()} for batch in batches)
         self.modes[name] = Mode(
-            name, student, TrainStep(student.engine, Labels(kind, label_teacher), self.ranks), batches, windows,
+            name, title, student, TrainStep(student.engine, supervision, self.ranks), batches, windows,
             training_flops(shape, of_teacher), ideal_ratio(shape, of_teacher), **more)
 
     def _first_steps(self, mode):
@@ -182,7 +196,7 @@ class Profile:
         if not any(other.peak_bytes for other in self.modes.values() if other.student is mode.student):
             mode.student.kept_bytes += kept
         peak, _ = self._fitting(mode.name, peak_bytes, mode.step)
-        teacher_bytes = self.teacher_bytes if mode.train_step.labels.teacher is not None else 0
+        teacher_bytes = self.teacher_bytes if mode.train_step.supervision.teachers else 0
         mode.peak_bytes = mode.student.kept_bytes + teacher_bytes + peak
         for _ in range(_WARM_UP[self.ranks.device.type]):
             mode.step()
@@ -200,7 +214,7 @@ class Profile:
         for engine in {id(mode.student): mode.student.engine for mode in self.modes.values()}.values():
             engine.destroy()
         self.modes.clear()
-        self.teacher = None
+        self.teachers = {}
         torch.compiler.reset()  # a graph of another batch size would make the next one dynamic
         give_memory_back(self.ranks.device)
 
@@ -272,17 +286,13 @@ class OutOfMemory(Exception):
 
     def __init__(self, name: str):
         super().__init__(f"{name} does not fit")
-        self.name, self.is_ours = name, name in (NTP, CACHED, ONLINE)
+        self.name, self.is_ours = name, name in (NTP, CACHED, ONLINE, ALONE)
 
 
 def _endless(config, options, world):
     train = dataclasses.replace(
         config.train, tokens=_ENDLESS, global_batch=config.train.micro_batch * options.accumulation * world)
     return dataclasses.replace(config, train=train)
-
-
-def _with_mixing(config, mixing):
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, mixing=mixing))
 
 
 def _load_peers(options, config):
@@ -292,6 +302,10 @@ def _load_peers(options, config):
         raise CocomixError(
             f"--against needs the programs in benchmarks/, which are not part of the installed package: there is no "
             f"{folder}; run it from a checkout, installed with pip install -e .")
+    has_public_form = mixes_concepts(config.model.mixing) and needs(config) == (LABELS,)
+    if PUBLIC in options.against and not (has_public_form and config.teacher.labels_by == "attribution"):
+        raise CocomixError("--against public needs model.mixing=interleave or add, labels by attribution and no "
+                           "distillation: the public code knows nothing else")
     if TRANSFORMERS in options.against and config.train.zero_stage == 3:
         raise CocomixError("--against transformers needs train.zero_stage 0, 1 or 2: stage 3 splits the weights under "
                            "the modules of our own model")

@@ -2,10 +2,6 @@
 
 from cocomix.step_parts import BACKWARD, COMMUNICATION, LABELS, OPTIMIZER, OTHER, TRAINED_PARTS
 
-_TITLES = {"ntp": "NTP", "cached": "CoCoMix, cached labels", "online": "CoCoMix, online labels",
-           "public cached": "public way, cached labels", "public online": "public way, online labels",
-           "transformers": "transformers GPT-2"}
-
 
 def describe_profile(found: dict) -> str:
     """Everything that `cocomix.profiler.results` found, for a terminal."""
@@ -58,14 +54,14 @@ def _count(number, what):
 def _modes(found):
     rows = [("", "tokens/s", "step ms", "p10-p90", "optimizer", "peak GiB", "MFU", "ratio", "p10-p90", "ideal",
              "efficiency", "break-even saving")]
-    for name, mode in found["modes"].items():
+    for mode in found["modes"].values():
         step, ratio = mode["step_s"], mode["ratio"]
         cells = ["", "", "", "", ""]
         if ratio is not None:
             cells[:2] = f"{ratio['median']:.2f}", f"{ratio['p10']:.2f}-{ratio['p90']:.2f}"
         if mode["efficiency"] is not None:
             cells[2:] = f"{mode['ideal_ratio']:.2f}", f"{mode['efficiency']:.2f}", f"{mode['break_even_saving']:.1%}"
-        rows.append((_TITLES[name], f"{mode['tokens_per_s']:,.0f}", f"{step['median'] * 1e3:,.1f}",
+        rows.append((mode["title"], f"{mode['tokens_per_s']:,.0f}", f"{step['median'] * 1e3:,.1f}",
                      f"{step['p10'] * 1e3:,.1f}-{step['p90'] * 1e3:,.1f}",
                      f"{mode['update_s']['median'] * 1e3:,.1f}", f"{mode['peak_memory_gib']:.2f}",
                      f"{mode['mfu']:.0%}", *cells))
@@ -74,14 +70,14 @@ def _modes(found):
 
 
 def _competitors(found):
-    for name, mode in found["modes"].items():
+    for mode in found["modes"].values():
         if mode["of"] is None:
             continue
         ours, slower = found["modes"][mode["of"]], mode["slower"]
         memory = ours["peak_memory_gib"] / mode["peak_memory_gib"]
         smaller = "" if mode["windows"] == ours["windows"] else f", with {_count(mode['windows'], 'window')} at a time"
-        yield (f"{_TITLES[mode['of']]}: {slower['median']:.2f} ({slower['p10']:.2f}-{slower['p90']:.2f}) times the "
-               f"tokens/s of {_TITLES[name]}{smaller}; {memory:.2f} times its peak memory")
+        yield (f"{ours['title']}: {slower['median']:.2f} ({slower['p10']:.2f}-{slower['p90']:.2f}) times the "
+               f"tokens/s of {mode['title']}{smaller}; {memory:.2f} times its peak memory")
     yield ""
 
 

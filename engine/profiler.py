@@ -1,8 +1,9 @@
 """`cocomix profile`: what continuous concepts cost against next-token prediction, measured on this machine.
 
 Every *mode* trains the same shape on the same tokens with the same settings, by the step and the engine of
-`cocomix train`: "ntp", and CoCoMix with "cached" and with "online" labels. Both kinds of labels share one engine, so
-two students are in memory at a time. Rounds take turns among the modes, so a machine that drifts hits all of them.
+`cocomix train`: "ntp", and the config's method with "cached" and with "online" labels (or soft targets, which a
+distilled student learns from); "alone" where it needs neither. Both kinds of labels share one engine, so two students
+are in memory at a time. Rounds take turns among the modes, so a machine that drifts hits all of them.
 A round times a mode's steps as they are in training and then, apart from that, the same steps with marks that say
 where the time goes (`cocomix.step_parts`).
 
@@ -16,13 +17,15 @@ The JSON file (`--json`) holds one object:
     kind         "profile"
     machine      device, versions and commit (`cocomix.machine.describe`)
     settings     what was run: precision, zero_stage, ranks, micro_batch (windows of one rank), accumulation, seq_len,
-                 compile, activation_checkpointing, attention_backend, mixing, tokens ("files" | "random"), teacher
-                 ("config" | "random" | null), rounds, steps (of a round), training_accumulation (micro batches of a
-                 rank that share an optimizer step in training)
+                 compile, activation_checkpointing, attention_backend, mixing, method (for people), learns_from (of
+                 "labels" and "soft targets"), tokens ("files" | "random"), teacher ("config" | "random" | null),
+                 rounds, steps (of a round), training_accumulation (micro batches of a rank that share an optimizer
+                 step in training)
     student      the CoCoMix student's shape, teacher its teacher's or null; parameters {"ntp", "cocomix"}
     product_flops_per_s   {median, p10, p90} of a large square product in the training precision
     paper_saving 0.215: the share of training tokens that the paper reports saved at 1.38B
-    modes        by name: "ntp", "cached", "online", and those of `--against`, each
+    modes        by name: "ntp", "cached", "online", "alone", and those of `--against`, each
+        title        for people
         of           the mode that it competes with, null for ours
         windows      windows of one rank in a micro batch
         step_s       {median, p10, p90} over rounds: `accumulation` micro batches and an optimizer step
@@ -47,10 +50,12 @@ from cocomix.errors import CocomixError
 from cocomix.files import write_json
 from cocomix.flops import parameter_count
 from cocomix.machine import describe
-from cocomix.profile_inputs import RandomTokens, teacher_shape
+from cocomix.methods import method_title
+from cocomix.profile_inputs import RandomTokens, needs
 from cocomix.profile_session import NTP, Options, OutOfMemory, Profile
 from cocomix.profile_text import describe_profile
 from cocomix.step_parts import PARTS
+from cocomix.supervision import teacher_shape
 
 PAPER_SAVING = 0.215  # CoCoMix (arXiv 2502.08524), abstract: 1.38B parameters, 200B tokens
 
@@ -100,7 +105,8 @@ def fitting_profile(config: Config, options: Options, ranks) -> Profile:
 def results(profile: Profile) -> dict:
     """What was measured, as the module's docstring describes it."""
     ranks, shape, options, train = profile.ranks, profile.shape, profile.options, profile.config.train
-    teacher = None if profile.teacher is None else dataclasses.asdict(teacher_shape(profile.teacher))
+    of_teachers, config = teacher_shape(profile.teachers), profile.config
+    teacher = None if of_teachers is None else dataclasses.asdict(of_teachers)
     rates = np.array(profile.rates)
     return {
         "kind": "profile", "machine": describe(ranks.device),
@@ -109,6 +115,7 @@ def results(profile: Profile) -> dict:
                 "precision", "zero_stage", "micro_batch", "compile", "activation_checkpointing", "attention_backend")},
             "accumulation": options.accumulation, "training_accumulation": profile.training_accumulation,
             "ranks": ranks.world, "seq_len": shape.seq_len, "mixing": shape.mixing,
+            "method": method_title(shape.mixing, config.distillation.weight > 0), "learns_from": list(needs(config)),
             "tokens": "random" if isinstance(profile.split, RandomTokens) else "files",
             "teacher": None if teacher is None else "random" if options.random_teacher else "config",
             "rounds": profile.rounds, "steps": profile.steps,
@@ -127,7 +134,8 @@ def _figures(profile, mode):
     is_mixed = NTP not in (mode.name, mode.of)
     median = float(np.median(own))
     return {
-        "of": mode.of, "windows": mode.windows, "step_s": spread(mode.seconds), "update_s": spread(mode.update_seconds),
+        "title": mode.title, "of": mode.of, "windows": mode.windows, "step_s": spread(mode.seconds),
+        "update_s": spread(mode.update_seconds),
         "tokens_per_s": profile.ranks.world / median, "peak_memory_gib": mode.peak_bytes / 2**30,
         "flops_per_token": mode.flops_per_token,
         "mfu": mode.flops_per_token / median / float(np.median(profile.rates)),

@@ -62,10 +62,10 @@ def _compare(runs: list[Run]) -> _Comparison:
 
 def _saving_notes(runs: list[Run], names: list[str]) -> list[str]:
     """A sentence for each run beside the first NTP run."""
-    baseline = next((run for run in runs if run.info["mode"] == "none"), None)
+    baseline = next((run for run in runs if run.is_baseline), None)
     notes = []
     for run, name in zip(runs, names, strict=True):
-        found = None if baseline is None or run.info["mode"] == "none" else saving(run, baseline)
+        found = None if baseline is None or run.is_baseline else saving(run, baseline)
         if found is not None:
             what = f"{found.share:.1%} fewer" if found.share >= 0 else f"{-found.share:.1%} more"
             notes.append(
@@ -123,7 +123,7 @@ def _step_time_ratios(runs: list[Run]) -> list[float | None]:
 
     ratios = []
     for run in runs:
-        baseline = next((r for r in runs if r.info["mode"] == "none" and machine(r) == machine(run)), None)
+        baseline = next((r for r in runs if r.is_baseline and machine(r) == machine(run)), None)
         reference = seconds_per_token(baseline) if baseline else None
         own = seconds_per_token(run)
         ratios.append(own / reference if own and reference else None)

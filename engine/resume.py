@@ -13,7 +13,8 @@ from cocomix.errors import CocomixError
 MAY_CHANGE = (
     "out", "data.folder", "data.text", "data.text_key", "data.tokenizer", "data.vocab_size", "data.max_tokens",
     "data.processes",
-    "data.val_fraction", "teacher.model", "teacher.sae", "sae", "labels", "train.run", "train.micro_batch",
+    "data.val_fraction", "teacher.model", "teacher.sae", "sae", "labels", "distillation.cache",
+    "train.run", "train.micro_batch",
     "train.zero_stage", "train.offload_optimizer", "train.activation_checkpointing", "train.compile",
     "train.attention_backend",
     "train.log_every", "train.eval_every", "train.eval_windows", "train.save_every", "train.keep_checkpoints",

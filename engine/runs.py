@@ -9,8 +9,8 @@ from typing import Any
 
 from cocomix.errors import CocomixError
 from cocomix.files import read_json
+from cocomix.methods import MIXING, method_title, predicts_concepts
 
-_MODES = {"none": "NTP", "interleave": "CoCoMix", "add": "CoCoMix add"}
 _DATA_KEYS = ("vocab_size", "train_tokens", "val_tokens", "val_unigram_perplexity")
 _RUN_KEYS = ("name", "mode", "labels", "device", "world_size", "parameters", "tokens_per_step", "total_steps",
              "seq_len", "versions", "config", "data")
@@ -38,8 +38,20 @@ class Run:
     @property
     def title(self) -> str:
         """What was trained, in words: "NTP", "CoCoMix (cached labels)", …"""
-        labels = self.info["labels"]
-        return _MODES[self.info["mode"]] + (f" ({labels} labels)" if labels and self.info["mode"] != "none" else "")
+        mixing, soft = self.info["mode"], self.info.get("soft_targets")
+        of_labels = self.info["labels"] if predicts_concepts(mixing) else None
+        sources = [f"{kind} {name}" for kind, name in ((of_labels, self._labels_name), (soft, "soft targets")) if kind]
+        return method_title(mixing, distils=bool(soft)) + (f" ({', '.join(sources)})" if sources else "")
+
+    @property
+    def _labels_name(self) -> str:
+        by = self.info["config"].get("teacher", {}).get("labels_by", "attribution")
+        return "labels" if by == "attribution" else f"labels by {by}"
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is plain next-token prediction, which the others are compared with."""
+        return self.info["mode"] == "none" and not self.info.get("soft_targets")
 
     @property
     def last_step(self) -> int:
@@ -105,8 +117,8 @@ def _check_info(info: dict[str, Any], path: Path) -> None:
     for key in ("versions", "config", "data"):
         if not isinstance(info[key], dict):
             raise CocomixError(f"{path}: {key} must be a JSON object, not {info[key]!r}")
-    if info["mode"] not in list(_MODES):
-        raise CocomixError(f"{path}: mode is {info['mode']!r}; it must be one of {', '.join(_MODES)}")
+    if info["mode"] not in MIXING:
+        raise CocomixError(f"{path}: mode is {info['mode']!r}; it must be one of {', '.join(MIXING)}")
     numbers = {key: info[key] for key in ("world_size", "parameters", "tokens_per_step", "total_steps", "seq_len")}
     if "flops_per_token" in info:
         numbers["flops_per_token"] = info["flops_per_token"]

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from cocomix.errors import CocomixError
 from cocomix.kernels import ConceptHead, concept_head
+from cocomix.methods import mixes_concepts
 from cocomix.teacher import transformer_blocks
 
 SYNTAX = "ID=F or ID=xF multiplies the concept's logit by F, ID=set:F sets it, ID=force keeps the concept whatever " \
@@ -82,10 +83,12 @@ def check_concept(concept: int, n_concepts: int) -> int:
 
 
 def require_concepts(model) -> None:
-    """Raise `CocomixError` unless the model predicts concepts."""
-    if getattr(model.config, "mixing", "none") == "none":
+    """Raise `CocomixError` unless the model predicts concepts and mixes them in."""
+    mixing = getattr(model.config, "mixing", None)
+    if mixing is None or not mixes_concepts(mixing):
         kind = getattr(model.config, "model_type", type(model).__name__)
-        raise CocomixError(f"this model has no concepts (a {kind} model without mixing): take a CoCoMix model that was "
+        how = "without mixing" if mixing is None else f"with mixing={mixing}"
+        raise CocomixError(f"this model mixes no concepts in (a {kind} model {how}): take a CoCoMix model that was "
                            "trained with model.mixing=interleave or add")
 
 

@@ -16,6 +16,8 @@ import time
 
 import torch
 
+from cocomix.methods import predicts_concepts
+
 LABELS, EMBEDDINGS, H_BLOCKS, CONCEPT_HEAD = "teacher and labels", "embeddings", "h blocks", "concept head"
 MIXING, F_BLOCKS, LM_HEAD = "mixing", "f blocks", "LM head and loss"
 OPTIMIZER, COMMUNICATION, OTHER = "optimizer", "communication", "other"
@@ -106,7 +108,7 @@ def marked(train_step, timeline: Timeline):
         watch = _Watch(timeline, stack)
         watch.passes(train_step.engine)
         watch.modules(train_step.engine.module)
-        watch.call(train_step.labels, "add_to", LABELS)
+        watch.call(train_step.supervision, "add_to", LABELS)
         watch.collectives()
         yield
 
@@ -158,7 +160,7 @@ class _Watch:
         """Borders inside the model. "f blocks" are those from `insert_layer` on, with concepts and without."""
         transformer, config = model.transformer, model.config
         blocks, first = transformer.h, config.insert_layer
-        mixes = config.mixing != "none"
+        before_first = H_BLOCKS if first > 0 else EMBEDDINGS
         self.before(model, EMBEDDINGS)
         for layer in {0, first}:
             self.before(blocks[layer], H_BLOCKS if layer < first else F_BLOCKS)
@@ -167,16 +169,18 @@ class _Watch:
         self.after(model, OTHER)
         if first > 0:
             self.at_input_gradient(blocks[0], EMBEDDINGS)
-        before_first = H_BLOCKS if first > 0 else EMBEDDINGS
-        if not mixes:
-            self.at_input_gradient(blocks[first], before_first)
-            return
-        self.after(blocks[first - 1] if first > 0 else transformer.wpe, CONCEPT_HEAD)
-        self.after(transformer.concept_predictor, MIXING)
-        self.after(transformer.compress_layer, F_BLOCKS)
-        self.at_output_gradient(transformer.compress_layer, MIXING)
-        self.at_output_gradient(transformer.concept_predictor, CONCEPT_HEAD, lambda head: head.loss)
-        self.at_input_gradient(transformer.compress_layer, before_first)
+        last_before = blocks[first - 1] if first > 0 else transformer.wpe
+        mixer = getattr(transformer, "compress_layer", getattr(transformer, "pause_tokens", None))
+        if predicts_concepts(config.mixing):
+            self.after(last_before, CONCEPT_HEAD)
+            self.after(transformer.concept_predictor, F_BLOCKS if mixer is None else MIXING)
+            self.at_output_gradient(transformer.concept_predictor, CONCEPT_HEAD, lambda head: head.loss)
+        elif mixer is not None:
+            self.after(last_before, MIXING)
+        if mixer is not None:
+            self.after(mixer, F_BLOCKS)
+            self.at_output_gradient(mixer, MIXING)
+        self.at_input_gradient(blocks[first] if mixer is None else mixer, before_first)
 
     def passes(self, engine):
         """Backward pass and optimizer of the engine. Once autograd has ended, what DeepSpeed does with the gradients

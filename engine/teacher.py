@@ -4,6 +4,7 @@ Shapes: B windows of T tokens, d width of the teacher, C latents, k active laten
 """
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -109,15 +110,37 @@ def residual_stream(model: nn.Module, layer: int, input_ids: torch.Tensor) -> to
     return found[0]
 
 
+def require_context(model: nn.Module, length: int, what: str) -> None:
+    """Raise `CocomixError` unless the teacher reads windows of `length` tokens; `what` is wanted of it."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and length > context:
+        raise CocomixError(
+            f"the {what} are wanted for windows of {length} tokens, but the teacher reads at most {context}: lower "
+            "data.seq_len, or take another teacher"
+        )
+
+
+def fixed_passes(function: Callable, input_ids: torch.Tensor) -> torch.Tensor:
+    """`function` over windows input_ids [B, T], in passes that all have the same number of windows: [B, ...]."""
+    per_pass = _WINDOWS_PER_PASS.get(input_ids.device.type, 1)
+    results = []
+    for windows in input_ids.split(per_pass):
+        missing = per_pass - len(windows)
+        filled = torch.cat([windows, windows[-1:].expand(missing, -1)]) if missing else windows
+        results.append(function(filled)[: len(windows)])
+    return torch.cat(results)
+
+
 class ConceptTeacher:
-    """A frozen language model with its SAE: concept labels by attribution.
+    """A frozen language model with its SAE: concept labels by attribution, or by activation.
 
     `model` is a causal language model of transformers, `sae` a `SparseAutoencoder` for the output of its block
-    `layer` (0-based), `label_topk` the number of labels a token (K). The model is frozen and put into evaluation
+    `layer` (0-based), `label_topk` the number of labels a token (K). `labels_by` is "attribution" (what a latent does
+    for the next token, the paper's way) or "activation" (how large it is). The model is frozen and put into evaluation
     mode. Raises `CocomixError` where block or widths do not fit.
     """
 
-    def __init__(self, model: nn.Module, sae, layer: int, label_topk: int):
+    def __init__(self, model: nn.Module, sae, layer: int, label_topk: int, labels_by: str = "attribution"):
         check_layer(model, layer)
         width = model.config.hidden_size
         if sae.d_model != width:
@@ -125,10 +148,11 @@ class ConceptTeacher:
                 f"the SAE reads vectors of {sae.d_model} but the teacher's residual stream has {width}: "
                 "it was trained on another model"
             )
-        check_head(model)
+        if labels_by == "attribution":
+            check_head(model)
         self.model = model.requires_grad_(False).eval()
         self.sae = sae.requires_grad_(False).eval()
-        self.layer, self.label_topk = layer, label_topk
+        self.layer, self.label_topk, self.labels_by = layer, label_topk, labels_by
         self._block, self._head_weight = transformer_blocks(model)[layer], model.get_output_embeddings().weight
 
     @classmethod
@@ -142,14 +166,14 @@ class ConceptTeacher:
         dtype = DTYPES[config.dtype]
         model = load_language_model(config.model).to(device, dtype)
         sae = SparseAutoencoder.load(config.sae, config.sae_k).to(device, dtype)
-        return cls(model, sae, config.layer, config.label_topk)
+        return cls(model, sae, config.layer, config.label_topk, config.labels_by)
 
     @property
     def shape(self) -> TeacherShape:
         """What its arithmetic depends on."""
         config = self.model.config
         return TeacherShape(config.hidden_size, config.num_hidden_layers, self.layer, config.vocab_size,
-                            self.sae.n_latents)
+                            self.sae.n_latents, self.labels_by)
 
     def fingerprints(self) -> dict[str, str]:
         """What labels depend on beside the tokens."""
@@ -158,6 +182,7 @@ class ConceptTeacher:
             "sae": self.sae.fingerprint(),
             "layer": str(self.layer),
             "label_topk": str(self.label_topk),
+            "labels_by": self.labels_by,
             "dtype": str(self._head_weight.dtype).removeprefix("torch."),
         }
 
@@ -165,30 +190,31 @@ class ConceptTeacher:
         """Concept labels of windows input_ids [B, T] -> [B, T, K] int64, largest attribution first, -1 filled.
 
         The gradient is that of the teacher's next-token cross-entropy within the window, so the last position has
-        no label. Labels of a window do not depend on the batch around it. Raises `CocomixError` where the windows
-        are longer than the teacher's context.
+        no label. By activation, the largest latents that are active, which the last position has too. Labels of a
+        window do not depend on the batch around it. Raises `CocomixError` where the windows are longer than the
+        teacher's context.
         """
-        length, context = input_ids.shape[1], getattr(self.model.config, "max_position_embeddings", None)
-        if context is not None and length > context:
-            raise CocomixError(
-                f"the labels are wanted for windows of {length} tokens, but the teacher reads at most {context}: lower "
-                "data.seq_len, or take another teacher"
-            )
-        per_pass = _WINDOWS_PER_PASS.get(input_ids.device.type, 1)
-        labels = []
-        for windows in input_ids.split(per_pass):
-            missing = per_pass - len(windows)
-            filled = torch.cat([windows, windows[-1:].expand(missing, -1)]) if missing else windows
-            labels.append(self._labels_of_pass(filled)[: len(windows)])
-        return torch.cat(labels)
+        require_context(self.model, input_ids.shape[1], "labels")
+        return fixed_passes(self._labels_of_pass, input_ids)
+
+    def targets(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`labels` as an entry of a batch: `concept_labels`."""
+        return {"concept_labels": self.labels(input_ids)}
 
     def _labels_of_pass(self, input_ids):
+        if self.labels_by == "activation":
+            return self._most_active(*self.sae.encode(residual_stream(self.model, self.layer, input_ids)))
         if input_ids.shape[1] < 2:
             return input_ids.new_full((*input_ids.shape, self.label_topk), -1)
         residual, gradient = self._residual_and_gradient(input_ids)
         values, indices = self.sae.encode(residual.flatten(0, 1))
         labels = concept_attribution(values, indices, gradient.flatten(0, 1), self.sae.decoder, self.label_topk)
         return labels.unflatten(0, input_ids.shape)
+
+    def _most_active(self, values, indices):
+        """values, indices [B, T, k], descending -> [B, T, K]."""
+        labels = indices.masked_fill(values <= 0, -1)[..., : self.label_topk]
+        return torch.nn.functional.pad(labels, (0, self.label_topk - labels.shape[-1]), value=-1)
 
     def _residual_and_gradient(self, input_ids):
         """Residual stream after the block and the gradient of the loss with respect to it, both [B, T, d].

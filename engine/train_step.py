@@ -20,18 +20,18 @@ def build_student(config: Config, vocab_size: int, eot_id: int | None = None):
 
     torch.manual_seed(config.train.seed)
     return CoCoMixForCausalLM(CoCoMixConfig(
-        **dataclasses.asdict(config.model), vocab_size=vocab_size, n_positions=config.data.seq_len,
-        bos_token_id=eot_id, eos_token_id=eot_id,
+        **dataclasses.asdict(config.model), distillation_weight=config.distillation.weight, vocab_size=vocab_size,
+        n_positions=config.data.seq_len, bos_token_id=eot_id, eos_token_id=eot_id,
     ))
 
 
-def training_batches(config: Config, split, labels, ranks: Ranks, first_step: int = 0):
-    """This rank's micro batches from `first_step` to the end of training: `input_ids` [B, T], and `concept_labels`
-    [B, T, K] where `labels` (with `.window(index)`) are given; int64 on the host.
+def training_batches(config: Config, split, supervision, ranks: Ranks, first_step: int = 0):
+    """This rank's micro batches from `first_step` to the end of training, on the host: `input_ids` [B, T] int64, and
+    what the caches of `supervision` (a `Supervision`) hold.
 
     What comes when depends on seed and step alone. `split` has `.n_windows(seq_len)` and `.window(index, seq_len)`.
     """
-    dataset = WindowDataset(split, config.data.seq_len, labels)
+    dataset = WindowDataset(split, config.data.seq_len, supervision)
     sampler = MicroBatchSampler(
         WindowOrder(len(dataset), config.train.seed), config.train.global_batch, config.train.micro_batch,
         ranks.rank, ranks.world, first_step, config.total_steps,
@@ -42,16 +42,19 @@ def training_batches(config: Config, split, labels, ranks: Ranks, first_step: in
     ))
 
 
+_LOSSES = ("loss", "ntp_loss", "concept_loss", "distillation_loss")
+
+
 class TrainStep:
-    """Optimizer steps of an engine. `labels` has `.kind` (None, "cached" or "online") and `.add_to(batch)`.
+    """Optimizer steps of an engine, whose batches get from `supervision` (a `Supervision`) what its teachers make.
 
     After a step `lr` is its learning rate, `was_skipped` says whether the update was left out because a loss or a
     gradient was not finite (on all ranks alike), and `grad_norm` is the norm, before clipping, of the last gradient
     that was finite (NaN before the first).
     """
 
-    def __init__(self, engine, labels, ranks: Ranks):
-        self.engine, self.labels, self.ranks = engine, labels, ranks
+    def __init__(self, engine, supervision, ranks: Ranks):
+        self.engine, self.supervision, self.ranks = engine, supervision, ranks
         self.lr, self.grad_norm, self.was_skipped = math.nan, math.nan, False
         self._ahead = None
 
@@ -63,7 +66,8 @@ class TrainStep:
         engine = self.engine
         rounds = engine.gradient_accumulation_steps()
         if self._ahead is None:
-            self._ahead = StepBatches(batches, rounds, lambda batch: self.labels.add_to(batch), self.ranks.device)
+            self._ahead = StepBatches(batches, rounds, lambda batch: self.supervision.add_to(batch),
+                                      self.ranks.device)
         micro_batches = self._ahead.next_step()
         share = self._labelled_tokens(micro_batches) / (rounds * self.ranks.world)
         self.lr, skipped_before, sums = engine.get_lr()[0], engine.skipped_steps, {}
@@ -86,7 +90,7 @@ class TrainStep:
         out = self.engine(**batch, labels=batch["input_ids"], concept_token_count=share)
         # A loss can be infinite and its gradient finite: this makes the gradient NaN, which skips the step.
         self.engine.backward(out.loss * torch.where(out.loss.detach().isfinite(), 1.0, math.nan))
-        losses = {name: getattr(out, name) for name in ("loss", "ntp_loss", "concept_loss")}
+        losses = {name: getattr(out, name) for name in _LOSSES}
         return {name: loss.detach() for name, loss in losses.items() if loss is not None}
 
     def _check_replicated_gradients(self) -> None:
@@ -102,7 +106,7 @@ class TrainStep:
         """Tokens with a label in the whole global batch: what the concept loss of each micro batch is divided by, so
         that any split into ranks and rounds gives the same gradient."""
         count = torch.zeros((), device=self.ranks.device)
-        if self.labels.kind is None:
+        if "concept_labels" not in micro_batches[0]:
             return count
         for batch in micro_batches:
             count += (batch["concept_labels"] >= 0).any(-1).sum()

@@ -25,13 +25,13 @@ from cocomix.evaluate import perplexity, validation_loss
 from cocomix.export import export_checkpoint
 from cocomix.files import atomic_folder, write_json
 from cocomix.flops import StudentShape, training_flops
-from cocomix.labels import LabelSource
 from cocomix.loss_watch import LossWatch
 from cocomix.memory_check import memory_warning
 from cocomix.metrics import MetricsLog, peak_memory_gib, progress_bar
 from cocomix.prefetch import StepBatches
 from cocomix.rank_failures import failures_named, require_agreement
 from cocomix.resume import code_fingerprint, require_same_run, settings
+from cocomix.supervision import LABELS, SOFT_TARGETS, Supervision
 from cocomix.train_step import TrainStep, build_student, training_batches
 
 EXIT_RESUME = 75  # the run was interrupted and saved: start it again with --resume (EX_TEMPFAIL of sysexits.h)
@@ -78,7 +78,7 @@ class Trainer:
         self.tokens = TokenFiles.open(config.data.folder)
         self.train_split, self.val_split = self.tokens.split("train"), self.tokens.split("val")
         self.val_split.n_windows(config.data.seq_len)
-        self.labels = LabelSource(config, self.tokens, ranks.device)
+        self.supervision = Supervision.from_config(config, self.tokens, ranks.device)
         self.tokenizer = self.tokens.tokenizer()
         require_agreement(ranks, self._identity() | {"the code": code_fingerprint()})
         self.step, self.elapsed_s, self.saved_step = 0, 0.0, None
@@ -88,7 +88,7 @@ class Trainer:
         self.n_parameters = sum(p.numel() for p in model.parameters())  # now: at stage 3 they become empty
         self.engine = build_engine(model, config, ranks.device, ranks.world)
         limit_waiting(config.train.timeout_minutes)
-        self.train_step = TrainStep(self.engine, self.labels, ranks)
+        self.train_step = TrainStep(self.engine, self.supervision, ranks)
         self.watch = LossWatch(config.train.spike_deviations, config.train.max_skipped_steps)
         self.saves = CheckpointWriter(self.run, config.train.keep_checkpoints, self._describe_model, ranks)
 
@@ -111,7 +111,8 @@ class Trainer:
         return {
             "name": self.run.name,
             "mode": self.config.model.mixing,
-            "labels": self.labels.kind,
+            "labels": self.supervision.kind(LABELS),
+            "soft_targets": self.supervision.kind(SOFT_TARGETS),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
             f"CPU, {torch.get_num_threads()} threads",
             "world_size": self.ranks.world,
@@ -131,19 +132,18 @@ class Trainer:
         }
 
     def _flops_per_token(self) -> int:
-        """What the method needs, forward and backward, with labels where they are computed online."""
-        model, teacher = self.config.model, self.labels.teacher
+        """What the method needs, forward and backward, with the teacher's work where it is done online."""
+        model = self.config.model
         shape = StudentShape(model.n_embd, model.n_layer, model.insert_layer, self.tokens.vocab_size,
                              self.config.data.seq_len, model.concept_dim, model.concept_topk, model.mixing)
-        return training_flops(shape, None if teacher is None else teacher.shape)
+        return training_flops(shape, self.supervision.teacher_shape)
 
     def fit(self) -> int:
         """Train to the end or to an interrupt; returns the exit code."""
         self._resume()
         self.log = self._open_log()
         total = self.config.total_steps
-        labels = None if self.labels.cache is None else self.labels
-        batches = training_batches(self.config, self.train_split, labels, self.ranks, self.step)
+        batches = training_batches(self.config, self.train_split, self.supervision, self.ranks, self.step)
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         bar = progress_bar(self.run.name, total, self.step, self.ranks.is_first)
         interval, stop = _Interval(), False
@@ -201,14 +201,11 @@ class Trainer:
 
     def _identity(self) -> dict:
         """What decides about the trajectory, and all settings: a resumed run is compared with it."""
-        labels = {f"the labels' {name}": value for name, value in self._label_fingerprints.items()}
-        return {**settings(self.config), "the text's fingerprint": self.train_split.fingerprint, **labels}
+        return {**settings(self.config), "the text's fingerprint": self.train_split.fingerprint, **self._fingerprints}
 
     @functools.cached_property
-    def _label_fingerprints(self) -> dict[str, str]:
-        if self.labels.cache is not None:
-            return self.labels.cache.fingerprints
-        return {} if self.labels.teacher is None else self.labels.teacher.fingerprints()
+    def _fingerprints(self) -> dict[str, str]:
+        return self.supervision.fingerprints()
 
     def close(self) -> None:
         """Close the metrics and release the engine."""
@@ -271,7 +268,7 @@ class Trainer:
         sums = self.ranks.sum(torch.stack([total, torch.tensor(float(count), dtype=torch.float64,
                                                                device=self.ranks.device)]))
         self.validation_loss = float(sums[0] / sums[1])
-        statistics = {} if self.labels.kind is None else self._concept_statistics()
+        statistics = {} if self.supervision.kind(LABELS) is None else self._concept_statistics()
         if self.log is not None and not self.log.has_evaluation(self.step):
             self.log.write("eval", self.step, self.step * config.tokens_per_step, loss=self.validation_loss,
                            perplexity=perplexity(self.validation_loss), elapsed_s=self.elapsed_s, **statistics)
@@ -281,9 +278,8 @@ class Trainer:
         train = self.config.train
         rounds = min(self.engine.gradient_accumulation_steps(),
                      -(-_STATISTICS_WINDOWS // (train.micro_batch * self.ranks.world)))
-        labels = None if self.labels.cache is None else self.labels
-        micro_batches = training_batches(self.config, self.train_split, labels, self.ranks)
-        batches = StepBatches(micro_batches, rounds, self.labels.add_to, self.ranks.device).next_step()
+        micro_batches = training_batches(self.config, self.train_split, self.supervision, self.ranks)
+        batches = StepBatches(micro_batches, rounds, self.supervision.add_to, self.ranks.device).next_step()
         return concept_statistics(self.engine.module, batches, self.config.model.concept_dim, self.ranks)
 
     def _save(self) -> None:

@@ -41,11 +41,19 @@ def topk_linear_flops(x, weight, *_, **__):
     return 2 * math.prod(x) * weight[0]
 
 
+def linear_distillation_flops(x, weight, _labels, _ignored, hidden, _second, full, _weight, dx_wanted, dw_wanted,
+                              *_, **__):
+    """Logits, at once the loss's dx and dW, and the teacher's logits where its whole distribution is asked for."""
+    products = math.prod(x) * (1 + dx_wanted + dw_wanted) + (math.prod(hidden) if full else 0)
+    return 2 * products * weight[0]
+
+
 FORMULAS = {
     aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
     torch.ops.cocomix.concept_head: concept_head_flops,
     torch.ops.cocomix.concept_head_backward: concept_head_backward_flops,
+    torch.ops.cocomix.linear_distillation: linear_distillation_flops,
     torch.ops.cocomix.topk_linear: topk_linear_flops,
 }
 

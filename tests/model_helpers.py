@@ -79,13 +79,15 @@ def naive_student(parameters, config, ids, concept_labels=None):
     concept_loss = None
     for layer in range(config.n_layer):
         if layer == config.insert_layer and config.mixing != "none":
-            concepts, concept_loss = _naive_concepts(weights, config, x, concept_labels)
+            concepts = weights.get("pause_tokens.weight")
+            if config.mixing != "pause":
+                concepts, concept_loss = _naive_concepts(weights, config, x, concept_labels)
             if config.mixing == "add":
                 x = x + concepts
-            else:
-                x = torch.stack([x, concepts], dim=2).reshape(x.shape[0], -1, x.shape[2])
+            elif config.mixing != "predict":
+                x = torch.stack([x, concepts.expand_as(x)], dim=2).reshape(x.shape[0], -1, x.shape[2])
         x = _naive_block(weights, f"h.{layer}.", config, x)
-    if config.mixing == "interleave":
+    if config.mixing in ("interleave", "pause"):
         x = x[:, 1::2]
     logits = _naive_norm(weights, "ln_f", config, x) @ weights["wte.weight"].T
     ntp_loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
@@ -98,16 +100,19 @@ def _naive_concepts(weights, config, h, concept_labels):
     normalised = (h - mean) / (std + 1e-5) - weights["pre_bias"]
     z = normalised @ weights["concept_predictor.weight"].T + weights["concept_predictor.bias"]
     kept = z.topk(config.concept_topk, dim=-1).indices
-    code = torch.zeros_like(z).scatter(-1, kept, z.gather(-1, kept))
-    compressed = code @ weights["compress_layer.weight"] + weights["compress_layer.bias"] + weights["pre_bias"]
+    concepts = None
+    if config.mixing != "predict":
+        code = torch.zeros_like(z).scatter(-1, kept, z.gather(-1, kept))
+        compressed = code @ weights["compress_layer.weight"] + weights["compress_layer.bias"] + weights["pre_bias"]
+        concepts = compressed * std + mean
     if concept_labels is None:
-        return compressed * std + mean, None
+        return concepts, None
     per_token = []
     for logits, labels in zip(z.flatten(0, 1), concept_labels.flatten(0, 1).tolist(), strict=True):
         present = [label for label in labels if label >= 0]
         if present:
             per_token.append(sum(F.cross_entropy(logits, torch.tensor(label)) for label in present) / len(present))
-    return compressed * std + mean, torch.stack(per_token).mean() if per_token else z.sum() * 0
+    return concepts, torch.stack(per_token).mean() if per_token else z.sum() * 0
 
 
 def _naive_norm(weights, name, config, x):

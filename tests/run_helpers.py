@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 from cocomix.cli import main
 from cocomix.config import Config, load_config
 from cocomix.data import TokenFiles, WindowOrder, prepare, step_windows
-from cocomix.labels import LabelCache, data_fingerprints
-from cocomix.labels import run as make_labels
+from cocomix.frozen_side import run as make_labels
+from cocomix.labels import LabelCache
 from cocomix.model import CoCoMixConfig, CoCoMixForCausalLM
 from cocomix.sae import SparseAutoencoder
+from cocomix.supervision import data_fingerprints
 from cocomix.train_step import TrainStep
 
 SEQ_LEN, LATENTS, LABEL_TOPK, STEPS = 16, 64, 3, 12
@@ -224,9 +225,9 @@ def labelled_world(folder: Path) -> World:
     return world
 
 
-def reference_run(world, *overrides, skipped=()):
+def reference_run(world, *overrides, skipped=(), loss_of=None):
     """The method in plain PyTorch: whole global batches, AdamW, clipping, warm-up and cosine; 1-based steps that are
-    `skipped` update nothing.
+    `skipped` update nothing. `loss_of(model, ids, labels)` is the loss of a batch, by default what the model returns.
 
     Returns losses, learning rates and gradient norms by step, and the weights.
     """
@@ -244,7 +245,7 @@ def reference_run(world, *overrides, skipped=()):
         windows = step_windows(order, step, train.global_batch)
         ids = torch.from_numpy(np.stack([split.window(i, SEQ_LEN) for i in windows]))
         labels = torch.from_numpy(np.stack([cache.window(i) for i in windows])) if cache else None
-        loss = model(ids, labels=ids, concept_labels=labels).loss
+        loss = loss_of(model, ids, labels) if loss_of else model(ids, labels=ids, concept_labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)))

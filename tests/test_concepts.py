@@ -370,7 +370,7 @@ def test_what_cannot_be_looked_at_is_refused_in_one_line(world, tmp_path, monkey
 
 def test_other_models_and_other_files_are_refused(world, tmp_path, capsys):
     assert main(["concepts", str(world.folder / "plain"), "--text", "the"]) == 2
-    assert "no concepts (a cocomix model without mixing)" in error_of(capsys, "concepts")
+    assert "mixes no concepts in (a cocomix model with mixing=none)" in error_of(capsys, "concepts")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     assert main(["concepts", str(world.folder / "run"), str(tmp_path / "binary")]) == 2
     assert "cannot be read as UTF-8" in error_of(capsys, "concepts")

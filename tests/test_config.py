@@ -246,7 +246,7 @@ def test_numbers_that_are_none_are_refused(write, value):
     (["data.val_fraction=0"], "data.val_fraction must lie between 0 and 1"),
     (["data.val_fraction=1"], "data.val_fraction must lie between 0 and 1"),
     (["data.vocab_size=65537"], "data.vocab_size must be at most 65536: token files hold uint16"),
-    (["model.mixing=both"], "model.mixing is 'both'; it must be one of interleave, add, none"),
+    (["model.mixing=both"], "model.mixing is 'both'; it must be one of interleave, add, predict, pause, none"),
     (["model.n_embd=510"], "model.n_embd (510) must be a multiple of model.n_head (8)"),
     (["model.insert_layer=8"], "model.insert_layer (8) must be at least 0 and below model.n_layer (8)"),
     (["model.insert_layer=-1"], "model.insert_layer (-1) must be at least 0 and below model.n_layer (8)"),

@@ -497,9 +497,7 @@ def test_a_global_batch_that_does_not_divide_is_refused():
 
 class FakeLabels:
     def window(self, index):
-        labels = np.full((8, 4), index, dtype=np.uint16)
-        labels.flags.writeable = False
-        return labels
+        return {"concept_labels": np.full((8, 4), index)}
 
 
 @pytest.mark.parametrize("workers", [0, 1])

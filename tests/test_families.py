@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from cocomix import ConceptTeacher
-from cocomix.labels import run as make_labels
+from cocomix.frozen_side import run as make_labels
 from cocomix.sae import SparseAutoencoder
 from cocomix.teacher import load_language_model, transformer_blocks
 

@@ -208,7 +208,7 @@ def test_models_of_another_kind_are_refused(world, tmp_path, capsys):
     assert generate(world, *few, model="plain") == 0
     assert capsys.readouterr().out.startswith("the")
     assert generate(world, *few, "--steer", "1=2", model="plain") == 2
-    assert "no concepts (a cocomix model without mixing)" in error_of(capsys, "generate")
+    assert "mixes no concepts in (a cocomix model with mixing=none)" in error_of(capsys, "generate")
     assert generate(world, *few, model="data") == 2
     assert "holds no model" in error_of(capsys, "generate")
     assert generate(world, *few, model="teacher") == 2

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, pipe
 
 from cocomix.text import train_tokenizer
 
-EVERY_KIND = [("interleave", 0), ("interleave", 1), ("interleave", 2), ("add", 0), ("add", 2), ("none", 0)]
+EVERY_KIND = [("interleave", 0), ("interleave", 1), ("interleave", 2), ("add", 0), ("add", 2), ("predict", 1),
+              ("pause", 0), ("pause", 2), ("none", 0)]
 every_kind = pytest.mark.parametrize("mixing, insert_layer", EVERY_KIND)
 
 

@@ -19,7 +19,8 @@ from cocomix.config import Config, DataConfig, LabelsConfig, TeacherConfig
 from cocomix.data import TokenFiles, WindowDataset, prepare
 from cocomix.errors import CocomixError
 from cocomix.files import read_json
-from cocomix.labels import LabelSource, require_vocabulary, run
+from cocomix.frozen_side import run
+from cocomix.supervision import LABELS, Supervision, require_vocabulary
 
 SHAPE = {"n_windows": 10, "seq_len": 6, "label_topk": 3, "shard_windows": 4}  # shards of 4, 4 and 2 windows
 FINGERPRINTS = {"data": "d", "teacher": "t", "sae": "s", "layer": "5", "label_topk": "3", "dtype": "float32",
@@ -158,7 +159,7 @@ def test_a_damaged_shard_is_named(tmp_path, position):
 
 
 def test_a_checksum_is_taken_over_all_parts_of_a_large_shard(tmp_path, monkeypatch):
-    monkeypatch.setattr("cocomix.labels._READ_BYTES", 7)
+    monkeypatch.setattr("cocomix.shard_cache._READ_BYTES", 7)
     cache = new_cache(tmp_path)
     fill(cache, random_labels())
     cache.verify()
@@ -376,7 +377,10 @@ def test_cached_labels_are_the_online_ones_bit_for_bit(config, capsys, dtype):
     run(config)
     assert "is complete" in capsys.readouterr().out
     cache, split = assert_complete(config)
-    item = WindowDataset(split, SEQ_LEN, cache)[3]
+    config.model.concept_dim = 4096
+    config.teacher.model = None  # whose fingerprint is compared where there is one
+    supervision = Supervision.from_config(config, TokenFiles.open(config.data.folder), torch.device("cpu"))
+    item = WindowDataset(split, SEQ_LEN, supervision)[3]
     assert np.array_equal(item["concept_labels"].numpy(), cache.window(3))
 
 
@@ -432,7 +436,7 @@ def test_ranks_that_work_at_the_same_time_share_the_shards_evenly(config, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(LabelCache, "writer", together)
-        patch.setattr("cocomix.labels.rank_and_world", lambda: (number.rank, 3))
+        patch.setattr("cocomix.frozen_side.rank_and_world", lambda: (number.rank, 3))
         patch.setattr(ConceptTeacher, "from_config", lambda *_: teachers[number.rank])
         threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
         [thread.start() for thread in threads]
@@ -583,9 +587,9 @@ def test_the_first_rank_alone_loads_the_teacher_to_compare_it_with_the_cache(con
     for rank in (1, 0):
         as_rank(monkeypatch, rank, 2)
         assert len(loaded) == 0
-        assert LabelSource(config, tokens, torch.device("cpu")).kind == "cached"
+        assert Supervision.from_config(config, tokens, torch.device("cpu")).kind(LABELS) == "cached"
     assert len(loaded) == 1
     config.teacher.layer = 2
     as_rank(monkeypatch, 1, 2)
     with pytest.raises(CocomixError, match="another block of the teacher"):
-        LabelSource(config, tokens, torch.device("cpu"))
+        Supervision.from_config(config, tokens, torch.device("cpu"))

@@ -32,15 +32,15 @@ PARTS = {"teacher and labels": 0.0, "h blocks": 0.02, "h blocks, backward": 0.04
 
 
 def profile_file(path, **modes):
-    def mode(step, ratio=None, parts=PARTS):
-        return {"tokens_per_s": 100 / step, "step_s": spread(step), "peak_memory_gib": 1.5, "mfu": 0.42,
+    def mode(title, step, ratio=None, parts=PARTS):
+        return {"title": title, "tokens_per_s": 100 / step, "step_s": spread(step), "peak_memory_gib": 1.5, "mfu": 0.42,
                 "ratio": ratio and spread(ratio), "ideal_ratio": ratio and 1.5, "efficiency": ratio and 1.5 / ratio,
                 "break_even_saving": ratio and 1 - 1 / ratio, "parts": parts}
 
     path.write_text(json.dumps({
         "kind": "profile", "machine": {"device": "a chip", "commit": "abc"}, "paper_saving": 0.215,
         "settings": {"precision": "fp32", "zero_stage": 1, "ranks": 1, "micro_batch": 8, "seq_len": 16, "rounds": 3},
-        "modes": {"ntp": mode(0.1), "cached": mode(0.16, 1.6)} | modes}))
+        "modes": {"ntp": mode("NTP", 0.1), "cached": mode("CoCoMix, cached labels", 0.16, 1.6)} | modes}))
     return path
 
 

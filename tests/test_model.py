@@ -8,8 +8,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cocomix import CoCoMixConfig, CoCoMixForCausalLM
 from cocomix.flops import StudentShape, cocomix_forward
 from cocomix.kernels import interleaved_attention
+from cocomix.methods import MIXING, predicts_concepts
 
-MIXED = [(mixing, layer) for mixing in ("interleave", "add") for layer in range(SMALL["n_layer"])]
+MIXED = [(mixing, layer) for mixing in MIXING if mixing != "none" for layer in range(SMALL["n_layer"])]
 
 
 def within(actual, expected, tolerance=1e-4):
@@ -80,7 +81,7 @@ def test_losses_logits_and_gradients_equal_the_naive_model(mixing, insert_layer)
     assert_close(out.logits, logits)
     assert_close(out.ntp_loss, ntp_loss)
     assert_close(out.loss, loss)
-    assert (out.concept_loss is None) == (mixing == "none")
+    assert (out.concept_loss is None) == (not predicts_concepts(mixing))
     if concept_loss is not None:
         assert_close(out.concept_loss, concept_loss)
     for name, gradient in gradients(model).items():
@@ -111,7 +112,7 @@ def test_labels_that_are_all_missing_add_nothing():
     assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("mixing", ["interleave", "add", "none"])
+@pytest.mark.parametrize("mixing", MIXING)
 def test_a_window_of_one_token_predicts_nothing_and_still_trains(mixing):
     model = small_model(mixing=mixing)
     ids, labels = batch(model.config, length=1)
@@ -119,7 +120,7 @@ def test_a_window_of_one_token_predicts_nothing_and_still_trains(mixing):
     out, found = losses_and_gradients(model, ids, labels)
     assert out.ntp_loss == 0
     assert model(ids).logits.shape == (2, 1, SMALL["vocab_size"])
-    if mixing != "none":
+    if predicts_concepts(mixing):
         assert out.concept_loss > 0
         assert_close(out.loss, 0.1 * out.concept_loss)
     assert all(torch.isfinite(gradient).all() for gradient in found.values())
@@ -222,7 +223,7 @@ def test_training_holds_neither_vocabulary_nor_concept_logits(monkeypatch):
 # --- precision and compilation
 
 
-@pytest.mark.parametrize("mixing", ["interleave", "add", "none"])
+@pytest.mark.parametrize("mixing", MIXING)
 def test_bfloat16_is_close_to_float32(mixing):
     model = CoCoMixForCausalLM(CoCoMixConfig(**SMALL, mixing=mixing))
     ids, labels = batch(model.config)
@@ -237,7 +238,7 @@ def test_bfloat16_is_close_to_float32(mixing):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("mixing", ["interleave", "add", "none"])
+@pytest.mark.parametrize("mixing", MIXING)
 def test_a_compiled_model_is_one_graph_and_computes_the_same(mixing, backend, checkpointing, monkeypatch):
     model = small_model(mixing=mixing)
     ids, labels = batch(model.config)
@@ -253,7 +254,7 @@ def test_a_compiled_model_is_one_graph_and_computes_the_same(mixing, backend, ch
     assert_close(gradients(model), expected)
 
 
-@pytest.mark.parametrize("mixing", ["interleave", "add", "none"])
+@pytest.mark.parametrize("mixing", MIXING)
 def test_checkpointed_blocks_are_computed_twice_and_give_the_same_gradients(mixing):
     model = small_model(mixing=mixing).train()
     ids, labels = batch(model.config)
@@ -296,7 +297,26 @@ def test_a_new_model_starts_as_gpt2_does():
             assert parameter.std().item() == pytest.approx(expected, rel=0.1), name
 
 
-@pytest.mark.parametrize("mixing", ["interleave", "add", "none"])
+@pytest.mark.parametrize(("mixing", "has"), [
+    ("predict", {"pre_bias", "concept_predictor.weight", "concept_predictor.bias"}),
+    ("pause", {"pause_tokens.weight"})])
+def test_other_methods_have_no_more_than_they_need(mixing, has):
+    names = {name for name, _ in small_model(mixing=mixing).named_parameters()}
+    assert names - {name for name, _ in small_model(mixing="none").named_parameters()} == {
+        f"transformer.{name}" for name in has}
+
+
+def test_concepts_that_are_predicted_alone_change_no_logits():
+    model = small_model(mixing="predict")
+    plain = small_model(mixing="none")
+    plain.load_state_dict(model.state_dict(), strict=False)
+    ids, _ = batch(model.config)
+    out = model(ids)
+    assert torch.equal(out.logits, plain(ids).logits)
+    assert out.concept_indices.shape == (*ids.shape, SMALL["concept_topk"])
+
+
+@pytest.mark.parametrize("mixing", MIXING)
 def test_a_saved_model_comes_back_through_transformers_with_identical_logits(tmp_path, mixing):
     model = small_model(mixing=mixing)
     ids, _ = batch(model.config)
@@ -327,7 +347,7 @@ def test_a_saved_config_keeps_every_setting(tmp_path):
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"mixing": "both"}, "mixing is 'both'; it must be one of interleave, add, none"),
+    ({"mixing": "both"}, "mixing is 'both'; it must be one of interleave, add, predict, pause, none"),
     ({"n_embd": 30, "n_head": 4}, r"n_embd \(30\) must be a multiple of n_head \(4\)"),
     ({"insert_layer": 3}, r"insert_layer \(3\) must be >= 0 and below n_layer \(3\)"),
     ({"insert_layer": -1}, r"insert_layer \(-1\)"),

@@ -15,9 +15,10 @@ from cocomix.cli import main
 from cocomix.clusters import Cluster, known_clusters, load_cluster
 from cocomix.config import Config, load_config
 from cocomix.errors import CocomixError
-from cocomix.flops import StudentShape, parameter_count
+from cocomix.flops import StudentShape, TeacherShape, frozen_side, parameter_count
 from cocomix.footprint import CHUNK_BYTES, Setup, footprint
 from cocomix.kernels import chunking
+from cocomix.plan_text import describe
 from cocomix.planner import Communication, communication, communication_time, make_job, make_plan, predict, step_flops
 
 CONFIGS = Path(__file__).parent.parent / "configs/openwebtext"
@@ -42,6 +43,9 @@ def paper_job(size="69m", cluster="h100", *overrides):
     ("interleave", 64, 2, 1, False, {"vocab_size": 12000}),  # the language-model head
     ("interleave", 128, 4, 1, False, {"vocab_size": 12000}),  # and with it in several chunks
     ("add", 256, 4, 1, False, {"concept_dim": 16384, "vocab_size": 500}),  # the concept head
+    ("predict", 256, 4, 1, False, {"concept_dim": 16384, "vocab_size": 500}),
+    ("pause", 128, 8, 1, False, {}),
+    ("pause", 128, 8, 1, True, {}),
 ])
 def test_memory_of_one_process_is_what_a_step_holds(mixing, seq_len, rows, rounds, checkpointing, more):
     student = plan_helpers.shape(mixing, seq_len, **more)
@@ -121,6 +125,8 @@ def test_memory_under_deepspeed_is_what_a_step_holds():
     bucket, kinds = 200_000, [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
     cases = [(stage, precision, rounds, "interleave", {"reduce_bucket_size": bucket, **(ZERO_3 if stage == 3 else {})})
              for stage, precision in kinds for rounds in (1, 2)]
+    cases += [(stage, precision, 1, mixing, {"reduce_bucket_size": bucket})
+              for stage, precision in ((0, "fp32"), (1, "bf16"), (2, "bf16")) for mixing in ("predict", "pause")]
     off = _off_by_a_tenth(cases, bucket)
     # Garbage that Python has not collected yet now and then adds to a peak: measure again what was off.
     assert not off or not _off_by_a_tenth([case for case, _ in off], bucket), off
@@ -130,10 +136,10 @@ def _off_by_a_tenth(cases, bucket):
     """Predicted over measured memory of the cases where they differ by more than a tenth."""
     off = []
     for case, found in zip(cases, measured(cases), strict=True):
-        stage, precision, rounds, *_ = case
+        stage, precision, rounds, mixing, _ = case
         setup = Setup(stage, 1, plan_helpers.MICRO_BATCH, rounds, precision == "bf16", bucket=bucket, kept_whole=0,
                       persistence_threshold=0, device="cpu")
-        ratio = footprint(plan_helpers.shape("interleave"), plan_helpers.N_HEAD, setup).total / found["peak"]
+        ratio = footprint(plan_helpers.shape(mixing), plan_helpers.N_HEAD, setup).total / found["peak"]
         if not 0.9 < ratio < 1.1:
             off.append((case, ratio))
     return off
@@ -151,6 +157,7 @@ def test_communication_is_what_deepspeeds_logger_records(ranks):
         (3, "fp32", 2, "interleave", ZERO_3), (3, "bf16", 1, "none", ZERO_3),
         (3, "bf16", 2, "interleave", {"stage3_param_persistence_threshold": 0}),  # weights stay for the backward pass
         (3, "fp32", 2, "add", {"stage3_param_persistence_threshold": 5000}),  # small parameters always stay
+        (3, "fp32", 1, "predict", ZERO_3), (3, "bf16", 1, "pause", ZERO_3), (1, "bf16", 1, "pause", {}),
     ]
     for case, found in zip(cases, measured(cases, ranks), strict=True):
         stage, precision, rounds, mixing, zero = case
@@ -178,6 +185,50 @@ def test_links_within_a_node_are_faster_and_latency_grows_with_the_nodes():
     assert communication_time(Communication(messages=3), 64, slow) == pytest.approx(3 * 2 * 3)
     reduced = Communication(reduce_scatter=8 * 10**9, all_gather=10**9, messages=1)
     assert communication_time(reduced, 8, cluster) == pytest.approx(communication_time(volume, 8, cluster))
+
+
+# ---------------------------------------------------------------------------------------------- other methods
+
+ONLINE = ("distillation.cache=null", "labels.cache=null")
+
+
+@pytest.mark.parametrize(("method", "overrides", "teacher"), [
+    ("pause", ONLINE, None), ("distillation", (), None), ("predict", (), None), ("activation", (), None),
+    ("distillation", ONLINE, TeacherShape(768, 12, 0, 50257, 0, labels_by=None, soft_targets=True)),
+    ("activation", ONLINE, TeacherShape(768, 12, 5, 50257, 32768, labels_by="activation")),
+    ("predict", ONLINE, TeacherShape(768, 12, 5, 50257, 32768)),
+    ("predict", (*ONLINE, "distillation.weight=1"), TeacherShape(768, 12, 5, 50257, 32768, soft_targets=True)),
+    ("predict", ("distillation.weight=1",), TeacherShape(768, 12, 0, 50257, 0, labels_by=None, soft_targets=True)),
+])
+def test_other_methods_have_the_teacher_that_they_need(method, overrides, teacher):
+    job = paper_job(f"methods/{method}", "h100", *overrides)
+    assert job.teacher == teacher
+    text = describe(make_plan(job, 8))
+    what = {"pause": "", "distillation": "soft targets"}.get(method, "labels")
+    assert f"mixing {job.shape.mixing}{', ' * bool(what)}" in text and what in text
+
+
+def test_what_picks_labels_or_gives_soft_targets_costs_what_it_computes():
+    forward, block, head = 12 * (12 * 768**2 + 1024 * 768), 12 * 768**2 + 1024 * 768, 50257 * 768
+    shape = paper_job().shape
+    costs = {labels_by: frozen_side(shape, TeacherShape(768, 12, 5, 50257, 32768, labels_by, soft_targets))
+             for labels_by, soft_targets in (("attribution", False), ("activation", False), (None, True))}
+    assert costs["activation"] == 6 * block + 32768 * 768
+    assert costs[None] == forward + head
+    backward = 6 * (12 * 768**2 + 2 * 1024 * 768) + head
+    assert costs["attribution"] == forward + head + backward + 32768 * 768
+    both = frozen_side(shape, TeacherShape(768, 12, 5, 50257, 32768, soft_targets=True))
+    assert both == costs["attribution"] + costs[None]
+
+
+def test_a_teacher_that_reads_half_of_itself_needs_less_memory():
+    def peak(labels_by):
+        setup = Setup(1, 1, 1, 1, True)
+        teacher = TeacherShape(768, 12, 5, 50257, 32768, labels_by)
+        return footprint(paper_job().shape, 8, setup, teacher)
+
+    by_attribution, by_activation = peak("attribution"), peak("activation")
+    assert by_attribution.moment == "labels" and by_activation.total < by_attribution.total
 
 
 # ---------------------------------------------------------------------------------------------- choice and text

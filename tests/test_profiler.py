@@ -22,8 +22,10 @@ from cocomix.cli import main
 from cocomix.config import load_config
 from cocomix.distributed import process_group
 from cocomix.errors import CocomixError
-from cocomix.profile_session import CACHED, NTP, ONLINE, Options, OutOfMemory, Profile
+from cocomix.flops import TeacherShape
+from cocomix.profile_session import ALONE, CACHED, NTP, ONLINE, Options, OutOfMemory, Profile
 from cocomix.step_parts import PARTS
+from cocomix.supervision import LABELS
 
 CPU = torch.device("cpu")
 LENGTH, LATENTS, VOCABULARY, BUCKET = 32, 256, 512, 10**6
@@ -157,7 +159,7 @@ def attribute(path):
     """A function from a profile and a mode to (owner, name) of what `path` names below one of their parts."""
     def find(profile, mode):
         owner = {"model": mode.student.engine.module, "engine": mode.student.engine, "step": mode.train_step,
-                 "tokens": profile.split}
+                 "tokens": profile.split, "teacher": profile.teachers.get(LABELS)}
         first, *between, name = path.split(".")
         return functools.reduce(lambda o, n: o[int(n)] if n.isdigit() else getattr(o, n), between, owner[first]), name
 
@@ -184,7 +186,7 @@ SLOWDOWNS = [
     (CACHED, "model.transformer.ln_f.forward", pausing_backward, "LM head and loss, backward", 1),
     (CACHED, "engine.allreduce_gradients", pausing, "optimizer", 1),
     (CACHED, "tokens.window", pausing, "other", 2),  # windows in a micro batch
-    (ONLINE, "step.labels.teacher.labels", pausing, "teacher and labels", 1),
+    (ONLINE, "teacher.labels", pausing, "teacher and labels", 1),
     (ONLINE, "model.transformer.h.2.forward", pausing, "f blocks", 1),
 ]
 
@@ -243,7 +245,7 @@ def test_marks_leave_nothing_behind(shared):
     measured(shared, rounds=1)
     for mode in shared.modes.values():
         engine = mode.student.engine
-        assert not {"backward", "step"} & set(vars(engine)) and "add_to" not in vars(mode.train_step.labels)
+        assert not {"backward", "step"} & set(vars(engine)) and "add_to" not in vars(mode.train_step.supervision)
         for module in engine.module.transformer.modules():
             assert not module._forward_hooks and not module._forward_pre_hooks
     assert torch.distributed.all_reduce.__module__ == "torch.distributed.distributed_c10d"
@@ -258,6 +260,31 @@ def test_recomputed_blocks_belong_to_the_backward_pass(config_file, clock):
         parts = measured(profile, rounds=1)[CACHED]["parts"]
     expected = {"h blocks": 1, "h blocks, backward": 1, "f blocks": 3, "f blocks, backward": 3}
     assert parts == pytest.approx(dict.fromkeys(PARTS, 0) | expected, abs=1e-3)
+
+
+OF_PAUSES = {"pause_tokens": ("mixing", pausing), "h.1": ("f blocks", pausing)}
+OF_PREDICTION = {"concept_predictor": ("concept head, backward", pausing_backward), "h.1": ("f blocks", pausing),
+                 "h.0": ("h blocks, backward", pausing_backward)}
+
+
+@pytest.mark.parametrize(("mixing", "slow", "mode", "expected"), [
+    ("pause", OF_PAUSES, ALONE, {"mixing": 1, "f blocks": 1}),
+    ("predict", OF_PREDICTION, CACHED, {"concept head, backward": 1, "f blocks": 1, "h blocks, backward": 1}),
+])
+@pytest.mark.parametrize("insert_layer", [1, 0])
+def test_other_methods_have_their_parts(config_file, clock, mixing, slow, mode, expected, insert_layer):
+    if insert_layer == 0:
+        slow, expected = ({key: value for key, value in found.items() if "h.0" != key and "h blocks" not in key}
+                          for found in (slow, expected))
+    with profiled(config_file, f"model.insert_layer={insert_layer}", f"model.mixing={mixing}",
+                  labels=None if mode == ALONE else (mode,)) as profile, pytest.MonkeyPatch.context() as patch:
+        assert list(profile.modes) == [NTP, mode]
+        transformer = profile.modes[mode].student.engine.module.transformer
+        for path, (_, how) in slow.items():
+            module = transformer.get_submodule(path)
+            patch.setattr(module, "forward", how(module.forward, clock))
+        found = measured(profile, rounds=1)[mode]
+    assert found["parts"] == pytest.approx(dict.fromkeys(PARTS, 0) | expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("mixing", ["interleave", "add"])
@@ -296,6 +323,55 @@ def test_flops_are_those_that_pytorchs_counter_sees_in_a_step(longer):
         assert ("cocomix.concept_head_backward" in seen) == (name != NTP)
 
 
+@pytest.mark.parametrize("overrides", [
+    ["model.mixing=pause"], ["model.mixing=predict"], ["teacher.labels_by=activation"],
+    ["model.mixing=none", "distillation.weight=0.5"],
+    ["model.mixing=none", "distillation.weight=0.5", "distillation.top_k=null"],
+    ["distillation.weight=0.5", "distillation.top_k=8"],
+], ids=" ".join)
+def test_other_methods_flops_are_those_that_pytorchs_counter_sees_in_a_step(config_file, overrides):
+    """A student that is distilled reads whole logits of the teacher once and of its own three times."""
+    with profiled(config_file, "data.seq_len=128", *overrides) as profile:
+        has_cache = "distillation.top_k=null" not in overrides
+        kinds = [ALONE] if "model.mixing=pause" in overrides else [CACHED, ONLINE] if has_cache else [ONLINE]
+        assert list(profile.modes) == [NTP, *kinds]
+        for name, mode in profile.modes.items():
+            counted, _ = count_flops(mode.step)
+            assert mode.flops_per_token * mode.windows * 128 == pytest.approx(counted, rel=0.03), name
+
+
+def test_methods_have_titles_and_what_they_cannot_have_is_refused(config_file):
+    distilled = ["model.mixing=none", "distillation.weight=0.5"]
+    with profiled(config_file, *distilled, "data.seq_len=16") as profile:
+        titles = [mode.title for mode in profile.modes.values()]
+        assert titles == ["NTP", "NTP with distillation, cached soft targets",
+                          "NTP with distillation, online soft targets"]
+        settings = profiler.results(profile)["settings"] if profile.measure() is None else None
+        assert settings["method"] == "NTP with distillation" and settings["learns_from"] == ["soft targets"]
+    for overrides, options, message in (
+        (["model.mixing=pause"], {"labels": (CACHED,)}, "pause tokens learns from no teacher: leave --labels away"),
+        ([*distilled, "distillation.top_k=null"], {"labels": (CACHED,)}, "whole distributions are never cached"),
+        ([*distilled, "teacher.model=null"], {"labels": (ONLINE,)}, "online soft targets need a teacher: set tea"),
+        (["model.mixing=none"], {}, "leaves nothing to compare"),
+        (["model.mixing=predict"], {"against": ("public",)}, "--against public needs model.mixing=interleave or add"),
+        (["teacher.labels_by=activation"], {"against": ("public",)}, "--against public needs .*by attribution"),
+    ):
+        with pytest.raises(CocomixError, match=message), profiled(config_file, *overrides, **options):
+            pass
+
+
+def test_random_soft_targets_are_such_as_a_cache_holds():
+    targets = profile_inputs.RandomSoftTargets(30, 16, 5)
+    for index in range(10):
+        window = targets.window(index)
+        ids, probabilities = window["soft_target_ids"], np.exp(window["soft_target_log_probs"].astype(np.float64))
+        assert ids.shape == probabilities.shape == (16, 5) and ids.dtype == np.int64 and 0 <= ids.min() < ids.max() < 30
+        assert all(len(set(row)) == 5 for row in ids.tolist())
+        assert (np.diff(probabilities) < 0).all() and np.allclose(probabilities.sum(1), 0.5, atol=1e-3)
+    with pytest.raises(CocomixError, match="distillation.top_k is 31 but the vocabulary has 30 tokens"):
+        profile_inputs.RandomSoftTargets(30, 16, 31)
+
+
 def test_the_product_rate_is_that_of_counted_operations():
     product = machine.ProductRate(CPU, torch.float32, side=1024)
     left, right = torch.randn(2, 1024, 1024)
@@ -318,7 +394,8 @@ def test_memory_counts_what_stays_and_what_is_held_at_once():
 def test_peak_memory_holds_weights_gradients_and_adams_state(shared):
     """Beside DeepSpeed's bucket."""
     peaks = {name: mode.peak_bytes for name, mode in shared.modes.items()}
-    teacher = 4 * sum(p.numel() for module in (shared.teacher.model, shared.teacher.sae) for p in module.parameters())
+    frozen = shared.teachers[LABELS]
+    teacher = 4 * sum(p.numel() for module in (frozen.model, frozen.sae) for p in module.parameters())
     for name in (NTP, CACHED):
         student = shared.modes[name].student
         weights = 4 * sum(p.numel() for p in student.engine.module.parameters())
@@ -335,11 +412,11 @@ def test_peak_memory_holds_weights_gradients_and_adams_state(shared):
 def test_random_labels_are_such_as_a_cache_holds():
     labels = profile_inputs.RandomLabels(40, 16, 3)
     for index in range(20):
-        window = labels.window(index)
+        window = labels.window(index)["concept_labels"]
         assert window.shape == (16, 3) and window.dtype == np.int64
         assert (window[-1] == -1).all() and window[:-1].min() >= 0 and window.max() < 40
         assert all(len(set(row)) == 3 for row in window[:-1].tolist())
-        assert (labels.window(index) == window).all()
+        assert (labels.window(index)["concept_labels"] == window).all()
     with pytest.raises(CocomixError, match="label_topk"):
         profile_inputs.RandomLabels(2, 16, 3)
 
@@ -371,8 +448,8 @@ def test_a_random_teacher_has_the_shape_of_gpt2(config_file, capsys):
                  "--rounds", "1", "data.seq_len=32", "--labels", "online"]) == 0
     assert "a teacher of random weights" in capsys.readouterr().out
     config = load_config(config_file, [])
-    teacher = profile_inputs.build_teacher(config, CPU, 600, at_random=True)
-    assert profile_inputs.teacher_shape(teacher) == profile_inputs.TeacherShape(768, 12, 1, 50257, LATENTS)
+    teacher = profile_inputs.build_teachers(config, CPU, 600, at_random=True)[LABELS]
+    assert teacher.shape == TeacherShape(768, 12, 1, 50257, LATENTS)
     assert sum(p.numel() for p in teacher.model.parameters()) == pytest.approx(124.4e6, rel=1e-3)
 
 
@@ -384,8 +461,8 @@ def fake_profile(**modes):
     made = {}
     for name, (seconds, updates, windows, of) in modes.items():
         made[name] = SimpleNamespace(
-            name=name, of=of, windows=windows, seconds=seconds, update_seconds=updates, parts=[], peak_bytes=2**30,
-            flops_per_token=2e6, ideal_ratio=1.5)
+            name=name, title=name, of=of, windows=windows, seconds=seconds, update_seconds=updates, parts=[],
+            peak_bytes=2**30, flops_per_token=2e6, ideal_ratio=1.5)
     config = SimpleNamespace(train=SimpleNamespace(micro_batch=4))
     return SimpleNamespace(
         modes=made, config=config, training_accumulation=5, options=Options(accumulation=2), rates=[1e9, 2e9, 3e9],

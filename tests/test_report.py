@@ -15,25 +15,28 @@ from cocomix.report import comparison_table, load_run, write_report
 TOKENS_PER_STEP = 4096
 
 
-def write_run(folder, mode="none", steps=200, *, eval_every=50, finished=True, offset=0.0, step_time=0.5, **info):
+def write_run(folder, mode="none", steps=200, *, eval_every=50, finished=True, offset=0.0, step_time=0.5,
+              distilled=False, **info):
     """A run folder with losses that fall towards 4.0 + offset."""
     folder.mkdir(parents=True)
     labels = None if mode == "none" else "cached"
     data = {"vocab_size": 4096, "train_tokens": 2_500_000, "val_tokens": 130_000, "val_unigram_perplexity": 612.3}
     config = {"data": {"folder": "data", "text": ["stdlib"]}, "model": {"mixing": mode, "n_embd": 128},
               "train": {"run": str(folder), "lr": 6e-4, "eval_windows": 0}}
-    content = {"name": folder.name, "mode": mode, "labels": labels, "device": "NVIDIA H100 80GB HBM3", "world_size": 1,
-               "parameters": 25_230_000, "tokens_per_step": TOKENS_PER_STEP, "total_steps": steps, "seq_len": 256,
+    content = {"name": folder.name, "mode": mode, "labels": labels,
+               "soft_targets": "cached" if distilled else None, "device": "NVIDIA H100 80GB HBM3",
+               "world_size": 1, "parameters": 25_230_000, "tokens_per_step": TOKENS_PER_STEP,
+               "total_steps": steps, "seq_len": 256,
                "flops_per_token": 150_000_000 if mode == "none" else 300_000_000,
                "versions": {"torch": "2.13.0", "deepspeed": "0.18.2", "cocomix": "0.1.0"}, "config": config,
                "data": data}
     (folder / "run.json").write_text(json.dumps(content | info))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics(
-        mode, steps, eval_every, finished, offset, step_time)))
+        mode, steps, eval_every, finished, offset, step_time, distilled)))
     return folder
 
 
-def metrics(mode, steps, eval_every, finished, offset, step_time):
+def metrics(mode, steps, eval_every, finished, offset, step_time, distilled=False):
     noise = np.random.default_rng(0)
     lines = []
 
@@ -48,7 +51,8 @@ def metrics(mode, steps, eval_every, finished, offset, step_time):
         concept_loss = None if mode == "none" else 6.0 + 4.0 / (1 + step / 30)
         slow = 20 if step == 10 else 1
         lines.append(at("train", step, loss=ntp_loss + 0.1 * (concept_loss or 0), ntp_loss=ntp_loss, lr=6e-4,
-                        concept_loss=concept_loss, grad_norm=1.0, step_time_s=step_time * slow,
+                        concept_loss=concept_loss, **({"distillation_loss": 2 / step} if distilled else {}),
+                        grad_norm=1.0, step_time_s=step_time * slow,
                         tokens_per_s=TOKENS_PER_STEP / step_time / slow, peak_memory_gib=1.25))
         if step % eval_every == 0:
             concepts = {} if mode == "none" else {
@@ -99,6 +103,21 @@ def test_a_finished_run_is_read_with_its_lines_by_kind(tmp_path):
     assert len(run.train) == 20
     assert run.summary["step"] == run.last_step == 200
     assert run.title == "CoCoMix (cached labels)"
+
+
+def test_other_methods_have_titles_and_a_saving_of_their_own(tmp_path):
+    ntp = load_run(write_run(tmp_path / "ntp"))
+    distilled = load_run(write_run(tmp_path / "distilled", offset=-0.05, distilled=True))
+    by_activation = load_run(write_run(tmp_path / "by", "interleave", config={"teacher": {"labels_by": "activation"}}))
+    both = load_run(write_run(tmp_path / "both", "predict", distilled=True))
+    assert distilled.title == "NTP with distillation (cached soft targets)"
+    assert by_activation.title == "CoCoMix (cached labels by activation)"
+    assert both.title == "concept prediction with distillation (cached labels, cached soft targets)"
+    assert load_run(write_run(tmp_path / "pause", "pause", labels=None)).title == "pause tokens"
+    assert [run.is_baseline for run in (ntp, distilled, by_activation, both)] == [True, False, False, False]
+    text = comparison_table([distilled, ntp])
+    assert "NTP with distillation (cached soft targets) reaches a validation loss of" in text
+    assert cells(text, "NTP with distillation (cached soft targets)")[3] == "1.00"
 
 
 @pytest.mark.parametrize("mode, labels, title", [
@@ -328,7 +347,7 @@ def test_the_page_needs_nothing_beside_it(tmp_path, pair):
     path = write_report(pair, tmp_path / "out")
     page = Page(path)
     assert path == tmp_path / "out" / "report.html"
-    assert page.tags.count("svg") == len(figures.FIGURES) == 7
+    assert page.tags.count("svg") == len(figures.FIGURES) - 1 == 7  # nothing is distilled here
     assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
     loads = [value for name, value in page.attributes if name in ("src", "href", "xlink:href", "data", "srcset")]
     assert all(value.startswith("#") for value in loads)
@@ -345,7 +364,7 @@ def test_ids_on_the_page_are_unique_and_every_reference_has_its_target(tmp_path,
 
 
 def test_every_figure_lies_beside_the_page_as_png(tmp_path, pair):
-    write_report(pair, tmp_path / "out")
+    write_report([*pair, load_run(write_run(tmp_path / "distilled", distilled=True))], tmp_path / "out")
     pngs = sorted(path.name for path in (tmp_path / "out").iterdir() if path.suffix == ".png")
     assert pngs == sorted(f"{entry.name}.png" for entry in figures.FIGURES)
     assert all((tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for name in pngs)

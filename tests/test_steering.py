@@ -198,10 +198,11 @@ def test_what_cannot_be_steered_is_refused_and_leaves_the_model_alone(concepts, 
     assert model.transformer.concept_predictor.steering is None
 
 
-def test_models_without_concepts_and_models_in_training_are_refused():
-    for model, kind in ((small_model(mixing="none"), "cocomix"), (GPT2LMHeadModel(GPT2Config(
-            vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=1)), "gpt2")):
-        with pytest.raises(CocomixError, match=f"no concepts .a {kind} model"), cocomix.steer(model, {1: 2.0}):
+def test_models_that_mix_no_concepts_in_and_models_in_training_are_refused():
+    for model, kind in (*((small_model(mixing=mixing), f"cocomix model with mixing={mixing}")
+                          for mixing in ("none", "predict", "pause")), (GPT2LMHeadModel(GPT2Config(
+            vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=1)), "gpt2 model without")):
+        with pytest.raises(CocomixError, match=f"mixes no concepts in .a {kind}"), cocomix.steer(model, {1: 2.0}):
             pass
     model = small_model().train()
     with pytest.raises(CocomixError, match=r"call model.eval\(\) first"), cocomix.steer(model, {1: 2.0}):

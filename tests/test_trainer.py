@@ -27,8 +27,8 @@ from cocomix.data import TokenFiles, prepare
 from cocomix.deepspeed_engine import deepspeed_config, learning_rate_factor
 from cocomix.distributed import Ranks
 from cocomix.errors import CocomixError
-from cocomix.labels import LabelSource
 from cocomix.runs import load_run
+from cocomix.supervision import LABELS, Supervision
 from cocomix.trainer import Trainer
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -273,7 +273,7 @@ def test_a_run_that_diverges_says_where_and_saves_nothing_more(world, capsys, st
 
 def source(world, *overrides):
     config = world.load(*overrides)
-    return LabelSource(config, TokenFiles.open(config.data.folder), torch.device("cpu"))
+    return Supervision.from_config(config, TokenFiles.open(config.data.folder), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +324,7 @@ def test_cached_concepts_beyond_the_students_are_refused(world, capsys):
 
 
 def test_labels_are_not_read_where_there_is_no_mixing(world):
-    assert source(world, "model.mixing=none", "teacher.model=/nowhere").kind is None
+    assert source(world, "model.mixing=none", "teacher.model=/nowhere").kind(LABELS) is None
 
 
 def test_too_little_memory_is_warned_of_before_the_first_step(world, monkeypatch, capsys):

@@ -17,7 +17,7 @@ from run_helpers import (
 )
 
 from cocomix.config import TeacherConfig
-from cocomix.labels import run as make_labels
+from cocomix.frozen_side import run as make_labels
 from cocomix.sae import SparseAutoencoder
 from cocomix.teacher import ConceptTeacher
 from cocomix.train_step import TrainStep
@@ -183,7 +183,7 @@ def test_the_teacher_stays_whole_beside_stage_3(world, monkeypatch):
     def look(self):
         own = list(self.engine.module.parameters())
         assert all(parameter.numel() == 0 and parameter.ds_numel > 0 for parameter in own)
-        seen.extend(self.labels.teacher.model.parameters())
+        seen.extend(self.supervision.teachers["labels"].model.parameters())
         return finish(self)
 
     monkeypatch.setattr(Trainer, "_finish", look)

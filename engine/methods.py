@@ -1,0 +1,32 @@
+"""The methods that can be compared, by the value of `mixing`: what each one's network has, and what people call it.
+
+    interleave  CoCoMix (arXiv 2502.08524): concepts are predicted, compressed and interleaved with the hidden states
+    add         the same, added to the hidden states instead: the sequence keeps its length
+    predict     concepts are predicted, for their loss alone: nothing is mixed in
+    pause       one learned vector stands in each concept's place: the doubled sequence without any concepts
+    none        next-token prediction
+"""
+
+MIXING = ("interleave", "add", "predict", "pause", "none")
+_TITLES = {"interleave": "CoCoMix", "add": "CoCoMix add", "predict": "concept prediction", "pause": "pause tokens",
+           "none": "NTP"}
+
+
+def doubles_sequence(mixing: str) -> bool:
+    """Whether blocks from `insert_layer` on see two positions a token."""
+    return mixing in ("interleave", "pause")
+
+
+def predicts_concepts(mixing: str) -> bool:
+    """Whether there is a concept predictor, which learns from concept labels."""
+    return mixing in ("interleave", "add", "predict")
+
+
+def mixes_concepts(mixing: str) -> bool:
+    """Whether predicted concepts go on into the network, through a compress layer."""
+    return mixing in ("interleave", "add")
+
+
+def method_title(mixing: str, distils: bool = False) -> str:
+    """The method's name for people; `distils`: with knowledge distillation beside it."""
+    return _TITLES[mixing] + " with distillation" * distils
