@@ -17,7 +17,7 @@ from run_helpers import (
 )
 from transformers import AutoModelForCausalLM
 
-from cocomix import SparseAutoencoder
+from cocomix import ConceptTeacher, SparseAutoencoder
 from cocomix.cli import main
 from cocomix.methods import MIXING, doubles_sequence, method_title, mixes_concepts, predicts_concepts
 from cocomix.report import comparison_table
@@ -111,23 +111,24 @@ def test_every_method_follows_its_naive_version_in_plain_pytorch(world, method, 
 # ---- labels by activation
 
 
-def test_labels_by_activation_are_the_largest_latents_of_a_dense_encoder(world):
-    from cocomix import ConceptTeacher
-
+@pytest.mark.parametrize("bias", [0.0, -1.5])
+def test_labels_by_activation_are_the_largest_latents_of_a_dense_encoder(world, bias):
     config = world.load("teacher.labels_by=activation", "teacher.label_topk=6")
     teacher = ConceptTeacher.from_config(config.teacher, torch.device("cpu"))
+    teacher.sae.latent_bias += bias
     ids = torch.randint(300, (3, SEQ_LEN), generator=torch.Generator().manual_seed(0))
     model = AutoModelForCausalLM.from_pretrained(world.folder / "teacher").eval()
     sae = SparseAutoencoder.load(world.folder / "sae")
     with torch.no_grad():
         x = _after(model, ids, config.teacher.layer)
     normal = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-5)
-    latents = (normal - sae.pre_bias) @ sae.W_enc.T + sae.latent_bias
+    latents = (normal - sae.pre_bias) @ sae.W_enc.T + sae.latent_bias + bias
     values, expected = latents.sort(dim=-1, descending=True, stable=True)
     expected = torch.where((values > 0) & (torch.arange(latents.shape[-1]) < sae.k), expected, -1)[..., :6]
     found = teacher.labels(ids)
     assert found.shape == (3, SEQ_LEN, 6) and (found[..., sae.k:] == -1).all()
-    assert torch.equal(found, expected) and (found[:, -1, 0] >= 0).all()
+    assert torch.equal(found, expected) and (found[:, -1, 0] >= 0).any()
+    assert (found[..., : sae.k] == -1).any() == (bias < 0)
 
 
 def _after(model, ids, layer):
@@ -151,6 +152,8 @@ def test_labels_by_activation_train_alike_from_the_cache_and_online(world):
 def test_a_cache_of_another_rule_is_refused(world, capsys):
     assert world.train("refused", "teacher.labels_by=activation", labels(world)) == 2
     assert "was made from labels picked by another rule" in capsys.readouterr().err
+    assert world.train("refused", "teacher.labels_by=activation", labels(world), "teacher.model=null") == 2
+    assert "was made from labels picked by another rule" in capsys.readouterr().err  # where no teacher tells either
     assert world.train("refused", f"labels.cache={world.folder}/active") == 2
     assert "was made from labels picked by another rule" in capsys.readouterr().err
 
