@@ -275,7 +275,7 @@ def test_a_chosen_attention_backend_runs_all_queries_and_leaves_concept_queries_
         chosen.append((q.shape[1] == k.shape[1], backend))
         return interleaved_attention(q, k, v)
 
-    monkeypatch.setattr("cocomix.model.interleaved_attention", attention)
+    monkeypatch.setattr("cocomix.blocks.interleaved_attention", attention)
     model.transformer.set_attention_backend("flash")
     model(batch(model.config)[0])
     assert chosen == [(True, "flash"), (False, None)]
