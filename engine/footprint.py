@@ -1,8 +1,9 @@
 """Memory of one GPU in a training step, by part, without making a model.
 
-A step is walked through at the moments where memory peaks (the label pass, the end of the forward pass, the backward
-pass of each block and of the concept head, the last gradients, the optimizer); the fullest moment counts. Figures are
-bytes of live tensors: what an allocator keeps idle and what the libraries take belong to the cluster's reserve.
+A step is walked through at the moments where memory peaks (on a CPU the label pass, the end of the forward pass, the
+backward pass of each block and of the concept head, the last gradients, the optimizer); the fullest moment counts.
+Figures are bytes of live tensors: what an allocator keeps idle and what the libraries take belong to the cluster's
+reserve. On a GPU labels are made beside training, on a stream of their own that shares no memory with it.
 P weights, n GPUs, R rows (positions of a micro batch), d width, C concepts, V vocabulary.
 
 What DeepSpeed holds for a stage was read off its running optimizers: fp32 gradients as a whole at stage 1 in bf16, a
@@ -70,8 +71,11 @@ def footprint(shape: StudentShape, n_head: int, setup: Setup, teacher: TeacherSh
             + 2 * teacher.n_latents * teacher.n_embd)
     moments = _moments(shape, n_head, setup)
     if teacher is not None:
-        between = {"gradients": _gradients_between(shape, setup)}
-        moments["labels"] = between | _label_pass(shape, teacher, teacher_bytes, setup.device)
+        label_pass = _label_pass(shape, teacher, teacher_bytes, setup.device)
+        if setup.device == "cuda":  # on a stream of its own, whose memory training cannot use
+            resident["teacher and SAE"] += label_pass
+        else:
+            moments["labels"] = {"gradients": _gradients_between(shape, setup), "teacher and SAE": label_pass}
     fullest = max(moments, key=lambda name: sum(moments[name].values()))
     parts = dict(resident)
     for name, size in moments[fullest].items():
@@ -232,13 +236,12 @@ def _last_moments(shape, setup, common, growth, held):
 
 
 def _label_pass(shape, teacher, size, device):
-    """A pass through the teacher: for attribution the blocks after the one that is read keep what autograd needs."""
-    rows = _TEACHER_WINDOWS[device] * shape.seq_len
-    d, by_gradient = teacher.n_embd, teacher.labels_by == "attribution"
-    activations = rows * 16 * d * size * (teacher.n_layer - 1 - teacher.layer) * by_gradient
-    if not by_gradient and not teacher.soft_targets:  # no head is read
-        encoder = min(CHUNK_BYTES[device], rows * teacher.n_latents * size)
-        return {"teacher and SAE": encoder + rows * 9 * d * size}
-    head = size * teacher.vocab_size * d + 2 * _LM_HEAD_BYTES if device == "cuda" else WIDE * teacher.vocab_size * d
-    encoder = min(CHUNK_BYTES[device], rows * teacher.n_latents * size)
-    return {"teacher and SAE": activations + max(head, encoder) + rows * 9 * d * size}
+    """Bytes of a pass through the teacher, in which attribution's backward pass needs the blocks' activations."""
+    rows, d = _TEACHER_WINDOWS[device] * shape.seq_len, teacher.n_embd
+    largest, activations = min(CHUNK_BYTES[device], rows * teacher.n_latents * size), 0
+    if teacher.labels_by == "attribution":
+        activations = rows * 16 * d * size * (teacher.n_layer - 1 - teacher.layer)
+    if teacher.labels_by == "attribution" or teacher.soft_targets:  # the head is read
+        head = size * teacher.vocab_size * d + 2 * _LM_HEAD_BYTES if device == "cuda" else WIDE * teacher.vocab_size * d
+        largest = max(head, largest)
+    return activations + largest + rows * 9 * d * size
