@@ -24,11 +24,14 @@ class Saving:
 
 
 def saving(run: Run, baseline: Run) -> Saving | None:
-    """The saving at the better loss that both runs reached; None where one has fewer than two (finite) evaluations."""
+    """The saving at the better loss that both runs reached; None where one has fewer than two (finite) evaluations, or
+    was past that loss at its first one, so that nobody knows when it reached it."""
     curves = [[(e["tokens"], e["loss"]) for e in r.evaluations if math.isfinite(e["loss"])] for r in (run, baseline)]
     if min(map(len, curves)) < 2:
         return None
     target = max(min(loss for _, loss in curve) for curve in curves)
+    if any(curve[0][1] < target for curve in curves):
+        return None
     (before, at, after), (base_before, base_at, base_after) = (_crossing(curve, target) for curve in curves)
     return Saving(target, at, base_at, 1 - at / base_at, 1 - after / base_before, 1 - before / base_after)
 
@@ -38,7 +41,7 @@ def _crossing(curve: list[tuple[float, float]], target: float) -> tuple[float, f
     the line through the two, over the logarithm of the tokens, crosses it."""
     first = next(i for i, (_, loss) in enumerate(curve) if loss <= target)
     after, loss = curve[first]
-    if first == 0 or loss == target:
+    if loss == target:
         return after, after, after
     before, loss_before = curve[first - 1]
     share = (loss_before - target) / (loss_before - loss)
