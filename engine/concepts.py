@@ -189,8 +189,8 @@ def run(path, request: Request) -> None:
     usable = load_usable(path, own_device())
     require_concepts(usable.model)
     if request.names:
-        add_names(usable.folder, request.names, usable.model.config.concept_dim)
-    names = read_names(usable.folder)
+        add_names(usable.names_folder, request.names, usable.model.config.concept_dim)
+    names = read_names(usable.names_folder)
     if text is None and not request.concepts:
         if not request.names:
             raise CocomixError("there is nothing to look at: name a text file, or give --text, --concept or --name")

@@ -147,7 +147,7 @@ def run(path, prompts: list[str], sampling: Sampling, steering: list[str] = (), 
     if (with_teacher or teacher_config) and not comparing:
         raise CocomixError("--teacher is compared with the model: give --compare too")
     usable = load_usable(path, own_device())
-    names = read_names(usable.folder)
+    names = read_names(usable.names_folder)
     concepts = parse_steering(steering, names)
     if steering:
         require_concepts(usable.model)

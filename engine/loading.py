@@ -4,9 +4,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cocomix.concept_names import FILE
 from cocomix.config import TeacherConfig, load_config
 from cocomix.errors import CocomixError
-from cocomix.export import description_folder, find_model, load_model
+from cocomix.export import description_folder, find_model, is_checkpoint, load_model
 from cocomix.files import read_json
 from cocomix.methods import predicts_concepts
 from cocomix.text import load_tokenizer
@@ -15,11 +16,11 @@ _VOCABULARY_MULTIPLE = 256  # vocabularies are padded to a multiple of 64, 128 o
 
 
 class UsableModel(NamedTuple):
-    """A model in evaluation mode, its tokenizer, and the folder of its config, where names of concepts are kept."""
+    """A model in evaluation mode, its tokenizer, and the folder where names of its concepts are kept."""
 
     model: Any
     tokenizer: Any
-    folder: Path
+    names_folder: Path
 
     @property
     def context(self) -> int | None:
@@ -40,7 +41,14 @@ def load_usable(path, device="cpu") -> UsableModel:
     if not 0 <= vocab_size - n_ids < _VOCABULARY_MULTIPLE:
         raise CocomixError(f"{folder} holds a tokenizer of {n_ids} ids, but its model was made for {vocab_size}: put "
                            "the tokenizer there that the model was trained with")
-    return UsableModel(model.to(device), tokenizer, folder)
+    return UsableModel(model.to(device), tokenizer, _names_folder(found))
+
+
+def _names_folder(found: Path) -> Path:
+    """Beside the model; but beside a run that is or was unfinished when it got names, whose checkpoints come and go."""
+    if is_checkpoint(found):
+        return found.parents[1]
+    return found.parent if (found.parent / "run.json").is_file() and (found.parent / FILE).is_file() else found
 
 
 def run_settings(path) -> dict | None:

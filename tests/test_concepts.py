@@ -251,6 +251,19 @@ def test_a_card_counts_the_text_and_the_teachers_labels(world, usable, reading):
 # --- names
 
 
+def test_names_given_to_an_unfinished_run_stay_when_it_goes_on_and_ends(world, tmp_path, capsys):
+    assert world.train("named", f"train.tokens={4 * 8 * SEQ_LEN}") == 0
+    capsys.readouterr()
+    run = world.folder / "named"
+    shutil.move(run / "model", tmp_path / "model")  # as it was before its end
+    text = [str(world.folder / "text/00.txt"), "--max-tokens", "8", "--out", str(tmp_path / "page.html")]
+    assert main(["concepts", str(run), *text, "--name", "5=the end"]) == 0
+    assert read_names(run) == {5: "the end"}
+    shutil.move(tmp_path / "model", run / "model")
+    assert main(["concepts", str(run), *text, "--name", "7=a start"]) == 0
+    assert read_names(run) == {5: "the end", 7: "a start"} and not (run / "model/concept_names.json").exists()
+
+
 def test_names_are_kept_beside_the_model_and_can_be_changed_and_forgotten(tmp_path):
     assert read_names(tmp_path) == {}
     assert add_names(tmp_path, ["12=quotes", " 3 = of  a list "], 40) == {3: "of a list", 12: "quotes"}
