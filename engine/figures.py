@@ -17,6 +17,7 @@ from cocomix.runs import Run, fixed, is_number, significant, titles
 LINES = (
     ("#0072B2", "-", "o"), ("#D55E00", "--", "s"), ("#009E73", "-.", "^"), ("#000000", ":", "D"),
     ("#CC79A7", (0, (7, 2, 1, 2, 1, 2)), "v"), ("#E69F00", (0, (9, 3)), "P"), ("#56B4E9", (0, (3, 1, 1, 1)), "X"),
+    ("#882255", "-", "p"), ("#44AA99", "--", "h"), ("#7F3C8D", "-.", "<"), ("#A6761D", ":", ">"), ("#666666", "-", "*"),
 )
 _FIGURE_STYLE = {
     "axes.grid": True, "axes.spines.right": False, "axes.spines.top": False, "axes.axisbelow": True,

@@ -108,6 +108,15 @@ def test_every_method_follows_its_naive_version_in_plain_pytorch(world, method, 
         assert record["loss"] == pytest.approx(parts, rel=1e-5) and record["distillation_loss"] > 0
 
 
+@pytest.mark.parametrize("method", ["pause", "predict", "distilled cached", "distilled whole"])
+def test_bf16_stays_near_fp32(world, method):
+    overrides = [item if isinstance(item, str) else item(world) for item in METHODS[method]]
+    assert world.train(f"{method}-fp32", *overrides) == 0
+    assert world.train(f"{method}-bf16", *overrides, "train.precision=bf16", "teacher.dtype=" + (
+        "bf16" if method == "distilled whole" else "fp32"), "train.activation_checkpointing=true") == 0
+    np.testing.assert_allclose(world.losses(f"{method}-bf16"), world.losses(f"{method}-fp32"), rtol=0.01)
+
+
 # ---- labels by activation
 
 
