@@ -9,7 +9,7 @@ import torch
 from cocomix.config import Config
 from cocomix.errors import CocomixError
 from cocomix.flops import TeacherShape
-from cocomix.kernels.chunking import row_chunks
+from cocomix.kernels import top_targets
 from cocomix.shard_cache import ShardCache
 from cocomix.teacher import DTYPES, check_head, fingerprint, fixed_passes, load_language_model, require_context
 
@@ -109,8 +109,5 @@ class DistillationTeacher:
     def _likeliest(self, input_ids):
         """Ids and log-probabilities side by side, float32 [B, T, 2 J]: a float32 holds every id exactly."""
         hidden = self._hidden(input_ids).flatten(0, 1)
-        head, found = self._head[: self.vocab_size], []
-        for rows in row_chunks(len(hidden), 12 * self.vocab_size, hidden.device):  # logits, in float32, normalised
-            values, ids = (hidden[rows] @ head.t()).float().log_softmax(-1).topk(self.top_k)
-            found.append(torch.cat([ids.float(), values], dim=-1))
-        return torch.cat(found).unflatten(0, input_ids.shape)
+        ids, log_probs = top_targets(hidden, self._head[: self.vocab_size], self.top_k)
+        return torch.cat([ids.float(), log_probs.float()], dim=-1).unflatten(0, input_ids.shape)

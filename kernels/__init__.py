@@ -5,7 +5,13 @@ from cocomix.kernels.concept_head import ConceptHead, concept_head
 from cocomix.kernels.concept_mix import concept_add, concept_mix, concept_vectors
 from cocomix.kernels.interleaved_attention import interleaved_attention
 from cocomix.kernels.linear_cross_entropy import linear_cross_entropy
-from cocomix.kernels.linear_distillation import DistillationLoss, FullTargets, TopTargets, linear_distillation
+from cocomix.kernels.linear_distillation import (
+    DistillationLoss,
+    FullTargets,
+    TopTargets,
+    linear_distillation,
+    top_targets,
+)
 from cocomix.kernels.topk_linear import topk_linear
 
 __all__ = [
@@ -21,5 +27,6 @@ __all__ = [
     "interleaved_attention",
     "linear_cross_entropy",
     "linear_distillation",
+    "top_targets",
     "topk_linear",
 ]

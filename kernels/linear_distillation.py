@@ -230,6 +230,28 @@ def _torch_backend(x, weight, labels, targets, kl_weight, ignore_index):
     return DistillationLoss(loss, ntp_loss, kl)
 
 
+@torch.no_grad()
+def top_targets(hidden, weight, k) -> TopTargets:
+    """The k largest of the softmax of hidden @ weight.T, largest first: what `TopTargets` keeps of a teacher.
+
+    hidden [N, d_t], weight [V, d_t]: one floating dtype. Logits are products in that dtype, summed and kept in float32
+    (float64 for float64 inputs), a chunk of rows at a time: large ones differ by less than bfloat16 can tell. Returns
+    ids int64 and log_probs in float32 (float64), both [N, k]. Raises `ValueError` for shapes and dtypes that do not
+    fit.
+    """
+    check_shapes("top_targets", hidden=(hidden, "N d_t"), weight=(weight, "V d_t"))
+    check_same("top_targets", hidden=hidden, weight=weight)
+    check_k("top_targets", k, weight.shape[0])
+    hidden, weight, dtype = _widened(hidden), _widened(weight), accumulation_dtype(hidden.dtype)
+    ids = hidden.new_empty(len(hidden), k, dtype=torch.int64)
+    log_probs = hidden.new_empty(len(hidden), k, dtype=dtype)
+    for rows in row_chunks(len(hidden), 2 * dtype.itemsize * len(weight), hidden.device):
+        logits = hidden.new_empty(len(hidden[rows]), len(weight), dtype=dtype)
+        _write_product(logits, hidden[rows], weight.t())
+        log_probs[rows], ids[rows] = logits.log_softmax(1).topk(k)
+    return TopTargets(ids, log_probs)
+
+
 def _check_targets(x, weight, counted, targets):
     if isinstance(targets, FullTargets):
         names = {"targets.hidden": targets.hidden, "targets.weight": targets.weight}

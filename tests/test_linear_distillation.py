@@ -16,7 +16,7 @@ from kernel_helpers import (
     trace,
 )
 
-from cocomix.kernels import FullTargets, TopTargets, linear_cross_entropy, linear_distillation, reference
+from cocomix.kernels import FullTargets, TopTargets, linear_cross_entropy, linear_distillation, reference, top_targets
 
 N, D, V, D_T, PADDED, J = 23, 6, 50, 9, 64, 5
 KINDS = pytest.mark.parametrize("kind", [FullTargets, TopTargets])
@@ -436,3 +436,27 @@ def test_what_does_not_fit_is_refused_by_name(change, message):
                    distillation_weight=0.5)
     with pytest.raises(ValueError, match="linear_distillation: " + message):
         linear_distillation(**(fitting | change))
+
+
+# ---- what a teacher keeps
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_top_targets_are_the_largest_of_the_whole_distribution_in_any_chunks(dtype, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*size, generator=generator).to(dtype) for size in ((9, 6), (40, 6)))
+    expected = (hidden.double() @ weight.double().T).log_softmax(1).topk(5)
+    found = top_targets(hidden, weight, 5)
+    assert found.ids.dtype == torch.int64
+    assert found.log_probs.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.equal(found.ids, expected.indices)
+    torch.testing.assert_close(found.log_probs.double(), expected.values, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr("cocomix.kernels.linear_distillation.row_chunks",
+                        lambda n, *_: [slice(i, min(i + 2, n)) for i in range(0, n, 2)])
+    chunked = top_targets(hidden, weight, 5)
+    assert torch.equal(chunked.ids, found.ids)
+    torch.testing.assert_close(chunked.log_probs, found.log_probs)
+    with pytest.raises(ValueError, match="top_targets"):
+        top_targets(hidden, weight, 41)
+    with pytest.raises(ValueError, match="top_targets"):
+        top_targets(hidden, weight[:, :5], 3)
