@@ -256,6 +256,8 @@ def _validate(config: Config, where: str) -> None:
         (model.n_embd % model.n_head == 0,
          f"model.n_embd ({model.n_embd}) must be a multiple of model.n_head ({model.n_head})"),
         (distillation.top_k is None or distillation.top_k > 0, "distillation.top_k must be positive, or null for all"),
+        (distillation.cache is None or distillation.cache != config.labels.cache,
+         f"labels.cache and distillation.cache are the same folder ({distillation.cache}): name two"),
         (distillation.top_k is not None or distillation.cache is None,
          "distillation.cache needs distillation.top_k: the whole distribution of every token would fill any disk"),
         (train.precision in ("fp32", "bf16"), f"train.precision is {train.precision!r}; it must be fp32 or bf16"),

@@ -23,6 +23,7 @@ class SoftTargetCache(ShardCache):
     """
 
     what, setting, stem, size_key = "soft-target cache", "distillation.cache", "soft-targets", "top_k"
+    names = {"top_k": "another number of soft targets a token"}
 
     @classmethod
     def create(

@@ -11,6 +11,10 @@ class LabelCache(ShardCache):
     """Concept labels of the windows of one token file: [n_windows, T, K] numbers of concepts below 65535, or -1."""
 
     what, setting, stem, size_key = "label cache", "labels.cache", "labels", "label_topk"
+    names = {
+        "sae": "another SAE", "layer": "another block of the teacher",
+        "label_topk": "another number of labels a token", "labels_by": "labels picked by another rule",
+    }
 
     @classmethod
     def create(

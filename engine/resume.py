@@ -49,9 +49,10 @@ def require_same_run(stored: dict, now: dict, checkpoint) -> list[str]:
     """Raise `CocomixError`, naming what differs, unless a run with the settings and fingerprints `now` continues the
     one that `stored` them. Returns the changes that are allowed, in words.
 
-    Both map names to JSON values. What only one of them has is not compared: it came with another version, or (as the
-    fingerprints of a teacher) is not always known.
+    Both map names to JSON values. A setting that came with a later version than `stored` had its default then. What
+    else only one of them has is not compared: the fingerprints of a teacher, for example, are not always known.
     """
+    stored = {**settings(Config()), "the labels' labels_by": "attribution", **stored}
     changes = {name: f"{name} was {stored[name]} and is {value}" for name, value in now.items()
                if name in stored and stored[name] != value}
     refused = [text for name, text in changes.items() if not _may_change(name)]

@@ -24,11 +24,6 @@ _VERSION = 1
 _NAMES = {
     "data": "other token files",
     "teacher": "another teacher",
-    "sae": "another SAE",
-    "layer": "another block of the teacher",
-    "label_topk": "another number of labels a token",
-    "labels_by": "labels picked by another rule",
-    "top_k": "another number of soft targets a token",
     "dtype": "a teacher in another precision",
     "seq_len": "another window length",
 }
@@ -38,19 +33,20 @@ class ShardCache:
     """Numbers of the windows of one token file: uint16 [n_windows, T, width] in shards of `shard_windows` windows.
 
     A shard is written aside and renamed, so it is complete or not there; its last 32 bytes are the SHA-256 of the
-    rest. `fingerprints` (strings by the names of `_NAMES`) say what the numbers were made from. Shards are
+    rest. `fingerprints` (strings by the names of `_NAMES` and `names`) say what the numbers were made from. Shards are
     memory-mapped, a few at a time. Nothing in memory grows with their number but, while they are made, one byte a
     shard; what there is is found in the folder's listing, since a file system of many machines is slow to ask about
     each file.
 
-    A kind of cache is a subclass: it says what it is called, which entry of meta.json its width follows from, and how
-    what it holds turns into numbers and back.
+    A kind of cache is a subclass: it says what it is called, which entry of meta.json its width follows from, which
+    fingerprints it has, and how what it holds turns into numbers and back.
     """
 
     what: str  # "label cache"
     setting: str  # that names its folder
     stem: str  # of its shards' names, and the name of its numbers
     size_key: str  # in meta.json
+    names: dict[str, str]  # of fingerprints beside `_NAMES`: what another value means
 
     def __init__(self, folder, meta: dict):
         self.folder, self._meta = Path(folder), meta
@@ -84,7 +80,7 @@ class ShardCache:
             cache.require(fingerprints)
             return cache
         meta = {
-            "version": _VERSION, "n_windows": n_windows, "seq_len": seq_len, cls.size_key: size,
+            "version": _VERSION, "holds": cls.stem, "n_windows": n_windows, "seq_len": seq_len, cls.size_key: size,
             "shard_windows": shard_windows, "fingerprints": dict(fingerprints),
         }
         cache = cls(folder, meta)
@@ -98,6 +94,10 @@ class ShardCache:
         meta = read_json(Path(folder) / "meta.json", f"the {cls.what} {folder}")
         if meta.get("version") != _VERSION:
             raise CocomixError(f"the {cls.what} {folder} has version {meta.get('version')}, expected {_VERSION}")
+        holds = meta.get("holds", "labels")  # which was all that there once was
+        if holds != cls.stem:
+            raise CocomixError(f"{folder} holds {holds.replace('-', ' ')}, not {cls.stem.replace('-', ' ')}: name another "
+                               f"folder as {cls.setting}")
         missing = {"n_windows", "seq_len", cls.size_key, "shard_windows", "fingerprints"} - set(meta)
         if missing:
             raise CocomixError(
@@ -108,7 +108,8 @@ class ShardCache:
 
     def require(self, fingerprints: dict) -> None:
         """Raise `CocomixError`, naming what differs, unless the cache was made from these fingerprints."""
-        differing = [_NAMES[key] for key, value in fingerprints.items() if self.fingerprints.get(key) != value]
+        names = _NAMES | self.names
+        differing = [names[key] for key, value in fingerprints.items() if self.fingerprints.get(key) != value]
         if differing:
             raise CocomixError(
                 f"the {self.what} {self.folder} was made from {' and '.join(differing)}: run `cocomix labels` with "

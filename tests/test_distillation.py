@@ -11,6 +11,7 @@ from cocomix.config import load_config
 from cocomix.distillation import DistillationTeacher, SoftTargetCache
 from cocomix.errors import CocomixError
 from cocomix.files import read_json, write_json
+from cocomix.labels import LabelCache
 
 VOCABULARY, LENGTH, TOP = 50, 7, 4
 SHAPE = {"n_windows": 5, "seq_len": LENGTH, "top_k": TOP, "shard_windows": 2}
@@ -115,6 +116,8 @@ def test_settings_that_cannot_be_are_refused(tmp_path, override, message):
     (tmp_path / "config.yaml").write_text("out: runs\n")
     with pytest.raises(CocomixError, match=message):
         load_config(tmp_path / "config.yaml", [override])
+    with pytest.raises(CocomixError, match=r"are the same folder \(one\): name two"):
+        load_config(tmp_path / "config.yaml", ["labels.cache=one", "distillation.cache=one"])
     with pytest.raises(CocomixError, match="distillation.cache needs distillation.top_k"):
         load_config(tmp_path / "config.yaml", ["distillation.top_k=null", "distillation.cache=soft"])
 
@@ -170,7 +173,12 @@ def test_a_cache_of_something_else_is_refused_by_name(tmp_path):
     with pytest.raises(CocomixError, match="the soft-target cache .* was made from another number of soft targets a "
                                            "token.*another distillation.cache folder"):
         new_cache(tmp_path, fingerprints={**FINGERPRINTS, "top_k": "9"})
+    with pytest.raises(CocomixError, match=f"{tmp_path} holds soft targets, not labels: name another folder as labels"):
+        LabelCache.open(tmp_path)
     meta = read_json(tmp_path / "meta.json", "it")
+    write_json(tmp_path / "old" / "meta.json", {key: value for key, value in meta.items() if key != "holds"})
+    with pytest.raises(CocomixError, match="old holds labels, not soft targets: name another folder as distillation.c"):
+        SoftTargetCache.open(tmp_path / "old")  # of the time when there were labels alone
     del meta["top_k"]
     write_json(tmp_path / "meta.json", meta)
     with pytest.raises(CocomixError, match="the soft-target cache .* is damaged: its meta.json lacks top_k"):

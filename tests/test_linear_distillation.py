@@ -1,5 +1,7 @@
 """`linear_distillation` with both kinds of targets against the reference, and what holds of the KL itself."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -451,7 +453,7 @@ def test_top_targets_are_the_largest_of_the_whole_distribution_in_any_chunks(dty
     assert found.log_probs.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert torch.equal(found.ids, expected.indices)
     torch.testing.assert_close(found.log_probs.double(), expected.values, rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr("cocomix.kernels.linear_distillation.row_chunks",
+    monkeypatch.setattr(sys.modules["cocomix.kernels.linear_distillation"], "row_chunks",
                         lambda n, *_: [slice(i, min(i + 2, n)) for i in range(0, n, 2)])
     chunked = top_targets(hidden, weight, 5)
     assert torch.equal(chunked.ids, found.ids)

@@ -146,6 +146,18 @@ def test_settings_survive_json_and_nothing_changed_is_no_change():
     assert require_same_run({**names, "old": 1}, {**names, "new": 2}, "there") == []
 
 
+def test_settings_that_came_later_had_their_default_in_older_checkpoints():
+    names = settings(Config())
+    older = {name: value for name, value in names.items() if not name.startswith("distillation.")}
+    assert require_same_run(older, names, "there") == []
+    with pytest.raises(CocomixError, match="distillation.weight was 0.0 and is 1.0"):
+        require_same_run(older, {**names, "distillation.weight": 1.0}, "there")
+    of_labels = {"the labels' teacher": "t"}
+    assert require_same_run(of_labels, {**of_labels, "the labels' labels_by": "attribution"}, "there") == []
+    with pytest.raises(CocomixError, match="the labels' labels_by was attribution and is activation"):
+        require_same_run(of_labels, {**of_labels, "the labels' labels_by": "activation"}, "there")
+
+
 # ---------------------------------------------------------------------------------------------- several processes
 
 ON_TWO = {
