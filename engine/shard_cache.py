@@ -96,8 +96,8 @@ class ShardCache:
             raise CocomixError(f"the {cls.what} {folder} has version {meta.get('version')}, expected {_VERSION}")
         holds = meta.get("holds", "labels")  # which was all that there once was
         if holds != cls.stem:
-            raise CocomixError(f"{folder} holds {holds.replace('-', ' ')}, not {cls.stem.replace('-', ' ')}: name another "
-                               f"folder as {cls.setting}")
+            found, wanted = (stem.replace("-", " ") for stem in (holds, cls.stem))
+            raise CocomixError(f"{folder} holds {found}, not {wanted}: name another folder as {cls.setting}")
         missing = {"n_windows", "seq_len", cls.size_key, "shard_windows", "fingerprints"} - set(meta)
         if missing:
             raise CocomixError(

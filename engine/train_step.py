@@ -12,6 +12,7 @@ from cocomix.config import Config
 from cocomix.data import MicroBatchSampler, WindowDataset, WindowOrder
 from cocomix.distributed import Ranks
 from cocomix.prefetch import StepBatches
+from cocomix.supervision import LABELS
 
 
 def build_student(config: Config, vocab_size: int, eot_id: int | None = None):
@@ -56,6 +57,7 @@ class TrainStep:
     def __init__(self, engine, supervision, ranks: Ranks):
         self.engine, self.supervision, self.ranks = engine, supervision, ranks
         self.lr, self.grad_norm, self.was_skipped = math.nan, math.nan, False
+        self._learns_concepts = supervision.kind(LABELS) is not None
         self._ahead = None
 
     def __call__(self, batches) -> dict[str, torch.Tensor]:
@@ -67,9 +69,11 @@ class TrainStep:
         rounds = engine.gradient_accumulation_steps()
         if self._ahead is None:
             self._ahead = StepBatches(batches, rounds, lambda batch: self.supervision.add_to(batch),
-                                      self.ranks.device)
+                                      self.ranks.device, whole_steps=self._learns_concepts)
         micro_batches = self._ahead.next_step()
-        share = self._labelled_tokens(micro_batches) / (rounds * self.ranks.world)
+        share = None
+        if self._learns_concepts:
+            share = self._labelled_tokens(micro_batches) / (rounds * self.ranks.world)
         self.lr, skipped_before, sums = engine.get_lr()[0], engine.skipped_steps, {}
         for batch in micro_batches:
             losses = self._forward_backward(batch, share)
@@ -106,8 +110,6 @@ class TrainStep:
         """Tokens with a label in the whole global batch: what the concept loss of each micro batch is divided by, so
         that any split into ranks and rounds gives the same gradient."""
         count = torch.zeros((), device=self.ranks.device)
-        if "concept_labels" not in micro_batches[0]:
-            return count
         for batch in micro_batches:
             count += (batch["concept_labels"] >= 0).any(-1).sum()
         return self.ranks.sum(count).clamp(min=1)

@@ -13,6 +13,7 @@ from run_helpers import (
     labelled_world,
     make_labels,
     reference_run,
+    stage,
     stop_at,
 )
 from transformers import AutoModelForCausalLM
@@ -85,14 +86,14 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize(("method", "stage"), [
+@pytest.mark.parametrize(("method", "zero"), [
     *((method, 1) for method in METHODS), ("pause", 3), ("predict", 3), ("distilled whole", 0), ("distilled whole", 2),
     ("distilled whole", 3), ("distilled cached", 3)])
-def test_every_method_follows_its_naive_version_in_plain_pytorch(world, method, stage):
+def test_every_method_follows_its_naive_version_in_plain_pytorch(world, method, zero):
     overrides = [item if isinstance(item, str) else item(world) for item in METHODS[method]]
     config = world.load(*overrides)
-    run = f"{method}-{stage}"
-    assert world.train(run, *overrides, f"train.zero_stage={stage}") == 0
+    run = f"{method}-{zero}"
+    assert world.train(run, *overrides, *stage(zero)) == 0
     distils = "distilled" in method
     losses, _, _, weights = reference_run(world, *overrides, loss_of=naive_loss(
         world, config, top=TOP if distils and "whole" not in method else None, whole="whole" in method))
@@ -106,6 +107,21 @@ def test_every_method_follows_its_naive_version_in_plain_pytorch(world, method, 
     if distils:
         parts = record["ntp_loss"] + WEIGHT * record["distillation_loss"] + 0.1 * (record["concept_loss"] or 0)
         assert record["loss"] == pytest.approx(parts, rel=1e-5) and record["distillation_loss"] > 0
+
+
+@pytest.mark.slow
+def test_every_method_trains_alike_on_two_processes(world):
+    methods = {name: [item if isinstance(item, str) else item(world) for item in overrides]
+               for name, overrides in METHODS.items()}
+    runs = {f"{name}-on-two-{zero}": [*methods[name], *stage(zero), "train.micro_batch=2"]
+            for name in ("pause", "predict", "distilled whole", "distilled CoCoMix") for zero in (1, 3)}
+    world.train_on(2, runs)
+    for run in runs:
+        alone = run.split("-on-two")[0]
+        if not (world.folder / f"{alone}-1").exists():
+            assert world.train(f"{alone}-1", *methods[alone]) == 0
+        for key in ("loss", "ntp_loss"):
+            np.testing.assert_allclose(world.losses(run, key), world.losses(f"{alone}-1", key), rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["pause", "predict", "distilled cached", "distilled whole"])

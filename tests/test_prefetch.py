@@ -41,6 +41,18 @@ def test_on_a_cpu_nothing_is_made_ahead():
     assert len(made) == 2
 
 
+def test_without_labels_to_count_micro_batches_are_made_one_by_one():
+    made = []
+    batches = StepBatches(host_batches(4), 2, made.append, CPU, whole_steps=False)
+    for step in range(2):
+        for number, batch in enumerate(batches.next_step()):
+            assert len(made) == 2 * step + number + 1 and made[-1] is batch
+            assert int(batch["input_ids"][0, 0]) == 2 * step + number
+            batches.prefetch()
+    with pytest.raises(StopIteration):
+        batches.next_step()
+
+
 class FakeStream:
     def __init__(self, name, log):
         self.name, self.log = name, log
@@ -126,3 +138,11 @@ def test_no_more_than_one_step_is_ever_ahead(gpu):
     assert numbers(batches.next_step()) == [2, 3]
     assert sum(entry[0] == "label" for entry in gpu.log) == 4
     assert numbers(batches.next_step()) == [4, 5]  # what was not made ahead is made now
+
+
+def test_without_labels_to_count_no_more_than_the_next_micro_batch_is_made_ahead(gpu):
+    batches = StepBatches(host_batches(4), 2, labelling(gpu.log), gpu.device, whole_steps=False)
+    for step in range(2):
+        for number, _ in enumerate(batches.next_step(), start=2 * step):
+            batches.prefetch(), batches.prefetch()
+            assert [entry[1] for entry in gpu.log if entry[0] == "label"] == list(range(min(number + 2, 4)))
