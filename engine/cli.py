@@ -163,7 +163,7 @@ def _add_plan(commands):
 def _add_profile(commands):
     profile = _add_config_command(commands, "profile", _profile, "measure what concepts cost against NTP, part by part")
     profile.add_argument("--labels", choices=("cached", "online", "both"),
-                         help="or soft targets; default: both, or cached alone where there is no teacher")
+                         help="where labels or soft targets come from (default: both, or cached without a teacher)")
     profile.add_argument("--mixing", choices=("interleave", "add", "predict", "pause"),
                          help="in place of model.mixing")
     profile.add_argument("--random-teacher", action="store_true",
@@ -208,7 +208,7 @@ def _add_generate(commands):
 
 def _add_concepts(commands):
     concepts = commands.add_parser(
-        "concepts", help="which concepts a model predicts in a text, and what they do",
+        "concepts", help="which concepts a model predicts in a text and mixes in, and what they do",
         description="Which concepts a model predicts in a text, and what they do: a table, and a page to look at.")
     concepts.add_argument("model", metavar="MODEL", help="a transformers folder, a checkpoint, or the folder of a run")
     concepts.add_argument("text_file", nargs="?", metavar="TEXTFILE", help="a text to read concepts from")

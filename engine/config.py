@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cocomix.errors import CocomixError
-from cocomix.methods import MIXING, predicts_concepts
+from cocomix.methods import LABELS, MIXING, SOFT_TARGETS, labels_name, predicts_concepts, soft_targets_name
 
 LABELS_BY = ("attribution", "activation")
 ATTENTION_BACKENDS = ("torch", "triton", "flash", "cudnn")
@@ -144,6 +144,21 @@ class Config:
     deepspeed: dict[str, Any] = field(default_factory=dict)  # goes to DeepSpeed as it is
 
     @property
+    def learns_from(self) -> tuple[str, ...]:
+        """What the student needs beside its tokens, of `methods.LABELS` and `methods.SOFT_TARGETS`."""
+        wanted = {LABELS: predicts_concepts(self.model.mixing), SOFT_TARGETS: self.distillation.weight > 0}
+        return tuple(name for name, is_wanted in wanted.items() if is_wanted)
+
+    def cache_of(self, name: str) -> str | None:
+        """The folder that `LABELS` or `SOFT_TARGETS` are read from; None: the teacher makes them while training."""
+        return {LABELS: self.labels.cache, SOFT_TARGETS: self.distillation.cache}[name]
+
+    def title_of(self, name: str) -> str:
+        """What the config's `LABELS` or `SOFT_TARGETS` are called."""
+        return {LABELS: labels_name(self.teacher.labels_by),
+                SOFT_TARGETS: soft_targets_name(self.distillation.top_k)}[name]
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens in one optimizer step, over all ranks."""
         return self.train.global_batch * self.data.seq_len
@@ -256,6 +271,8 @@ def _validate(config: Config, where: str) -> None:
         (model.n_embd % model.n_head == 0,
          f"model.n_embd ({model.n_embd}) must be a multiple of model.n_head ({model.n_head})"),
         (distillation.top_k is None or distillation.top_k > 0, "distillation.top_k must be positive, or null for all"),
+        (distillation.cache is None or distillation.weight > 0,
+         "distillation.cache is set but distillation.weight is 0: set the weight, or leave the cache out"),
         (distillation.cache is None or distillation.cache != config.labels.cache,
          f"labels.cache and distillation.cache are the same folder ({distillation.cache}): name two"),
         (distillation.top_k is not None or distillation.cache is None,

@@ -11,7 +11,7 @@ from cocomix.distillation import SoftTargetCache
 from cocomix.distributed import own_device, rank_and_world
 from cocomix.errors import CocomixError
 from cocomix.labels import NONE, LabelCache
-from cocomix.methods import predicts_concepts
+from cocomix.methods import LABELS, SOFT_TARGETS
 from cocomix.shard_cache import ShardCache
 from cocomix.supervision import data_fingerprints, distillation_teacher, require_vocabulary
 from cocomix.teacher import ConceptTeacher
@@ -25,12 +25,13 @@ def run(config: Config) -> None:
     never started. Run again, it goes on where it stopped, and makes damaged shards anew. Raises `CocomixError` where
     teacher, SAE, token files or cache do not fit.
     """
-    distils = config.distillation.weight > 0
-    wants_labels = config.labels.cache and (predicts_concepts(config.model.mixing) or not distils)
-    wants_soft_targets = distils and config.distillation.cache
+    wanted = config.learns_from or (LABELS,)  # labels depend on no student: others may learn from them
+    wants_labels, wants_soft_targets = (name in wanted and config.cache_of(name) for name in (LABELS, SOFT_TARGETS))
     if not wants_labels and not wants_soft_targets:
-        name = "distillation.cache" if distils and not predicts_concepts(config.model.mixing) else "labels.cache"
-        raise CocomixError(f"{name} is not set: name the folder that the labels should go to")
+        setting = "labels.cache" if LABELS in wanted else "distillation.cache"
+        raise CocomixError(f"{setting} is not set: name the folder that the {' and '.join(wanted)} should go to")
+    if not config.learns_from and rank_and_world()[0] == 0:
+        print(f"note: model.mixing={config.model.mixing} learns from no labels; these are for other students")
     device, tokens = own_device(), TokenFiles.open(config.data.folder)
     teacher = None
     if wants_labels:

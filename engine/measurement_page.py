@@ -1,6 +1,7 @@
 """What was measured, for the report: profiles and benchmarks as tables and figures."""
 
 import html
+from pathlib import Path
 from typing import Any
 
 from cocomix import measurement_figures
@@ -8,6 +9,7 @@ from cocomix.errors import CocomixError
 from cocomix.figures import FigureEntry, draw
 from cocomix.measurements import Benchmarks, Change, compare, load_benchmarks, load_profile
 from cocomix.page import Section, figure_section, html_table, text_section
+from cocomix.profile_text import pays_off
 from cocomix.runs import fixed
 
 
@@ -19,15 +21,15 @@ def measured_sections(profiles: list[str], bench: str | None, before: str | None
     if before and not bench:
         raise CocomixError("--bench-before is compared with --bench: name the newer file too")
     sections = [section for number, path in enumerate(profiles, start=1)
-                for section in profile_sections(load_profile(path), number)]
+                for section in profile_sections(load_profile(path), number, Path(path).name)]
     if not bench:
         return sections, ""
     new, old = load_benchmarks(bench), load_benchmarks(before) if before else None
     return sections + benchmark_sections(new, old), comparison_text(compare(old, new)) if old else ""
 
 
-def profile_sections(profile: dict[str, Any], number: int = 1) -> list[Section]:
-    """A table of the modes of a profile and a bar of where their steps go."""
+def profile_sections(profile: dict[str, Any], number: int, name: str) -> list[Section]:
+    """A table of the modes of a profile and a bar of where their steps go; `name` is its file's."""
     modes, settings = profile["modes"], profile["settings"]
     header = ["mode", "tokens/s", "step ms", "peak GiB", "MFU", "ratio", "ideal", "efficiency", "break-even saving"]
     rows = [[mode["title"], f"{mode['tokens_per_s']:,.0f}", f"{1e3 * mode['step_s']['median']:,.1f}",
@@ -36,11 +38,11 @@ def profile_sections(profile: dict[str, Any], number: int = 1) -> list[Section]:
     words = (
         f"{device}; {settings['precision']}, ZeRO {settings['zero_stage']}, ranks: {settings['ranks']}, micro batches "
         f"of {settings['micro_batch']} windows of {settings['seq_len']} tokens, {settings['rounds']} rounds; commit "
-        f"{profile['machine'].get('commit')}. A run pays off when it saves more tokens than the break-even saving; "
-        f"the paper reports {profile['paper_saving']:.1%} at 1.38B parameters."
+        f"{profile['machine'].get('commit')}. {pays_off(profile['paper_saving'])}"
     )
-    table = text_section("What a step costs", f'{html_table(header, rows)}\n<p class="quiet">{html.escape(words)}</p>')
-    drawn = draw(FigureEntry(f"step_parts_{number}", "Where a step goes",
+    body = f'{html_table(header, rows)}\n<p class="quiet">{html.escape(words)}</p>'
+    table = text_section(f"What a step costs: {name}", body)
+    drawn = draw(FigureEntry(f"step_parts_{number}", f"Where a step goes: {name}",
                              "Share of a step; at its end its length. Backward passes are paler than forward passes.",
                              measurement_figures.step_parts), profile)
     return [table, *([figure_section(*drawn)] if drawn else [])]

@@ -7,6 +7,7 @@
     none        next-token prediction
 """
 
+LABELS, SOFT_TARGETS = "labels", "soft targets"  # what a student may learn from beside its tokens
 MIXING = ("interleave", "add", "predict", "pause", "none")
 _TITLES = {"interleave": "CoCoMix", "add": "CoCoMix add", "predict": "concept prediction", "pause": "pause tokens",
            "none": "NTP"}
@@ -25,6 +26,16 @@ def predicts_concepts(mixing: str) -> bool:
 def mixes_concepts(mixing: str) -> bool:
     """Whether predicted concepts go on into the network, through a compress layer."""
     return mixing in ("interleave", "add")
+
+
+def labels_name(labels_by: str) -> str:
+    """What the labels that are picked by this rule are called."""
+    return LABELS if labels_by == "attribution" else f"{LABELS} by {labels_by}"
+
+
+def soft_targets_name(top_k: int | None) -> str:
+    """What soft targets of so many tokens (None: of all) are called."""
+    return f"whole {SOFT_TARGETS}" if top_k is None else f"top-{top_k} {SOFT_TARGETS}"
 
 
 def method_title(mixing: str, distils: bool = False) -> str:

@@ -6,7 +6,7 @@ from cocomix.clusters import load_cluster
 from cocomix.config import Config
 from cocomix.files import write_json
 from cocomix.flops import parameter_count, training_flops
-from cocomix.methods import predicts_concepts
+from cocomix.methods import SOFT_TARGETS
 from cocomix.planner import Plan, gigabytes, make_job, make_plan, predict, settings_of
 
 
@@ -66,12 +66,11 @@ def describe(plan: Plan) -> str:
 
 
 def _mode(job):
-    config, sources = job.config, []
-    if predicts_concepts(job.shape.mixing):
-        sources.append(f"{'cached' if config.labels.cache else 'online'} labels")
-    if config.distillation.weight:
-        sources.append(f"{'cached' if config.distillation.cache else 'online'} soft targets")
-    return ", ".join([f"mixing {job.shape.mixing}", *sources])
+    config = job.config
+    sources = [f"{'cached' if config.cache_of(name) else 'online'} {config.title_of(name)}"
+               for name in config.learns_from]
+    distils = ["distillation"] * (SOFT_TARGETS in config.learns_from)
+    return ", ".join([f"mixing {job.shape.mixing}", *distils, *sources])
 
 
 def _rates(job):

@@ -27,7 +27,7 @@ from cocomix.flops import (
     training_flops,
 )
 from cocomix.footprint import WIDE, Footprint, Setup, footprint
-from cocomix.methods import doubles_sequence, mixes_concepts, predicts_concepts
+from cocomix.methods import LABELS, SOFT_TARGETS, doubles_sequence, mixes_concepts, predicts_concepts
 
 # Shapes by name, so that a plan needs no download: width, blocks, vocabulary.
 GPT2_SIZES = {"gpt2": (768, 12), "gpt2-medium": (1024, 24), "gpt2-large": (1280, 36), "gpt2-xl": (1600, 48)}
@@ -112,14 +112,14 @@ def _vocabulary(config):
 
 def _teacher(config):
     """The shape of what runs beside training, None where all comes from caches or nothing is needed."""
-    name, distils = config.teacher.model, config.distillation.weight > 0
-    labels = predicts_concepts(config.model.mixing) and config.labels.cache is None
-    soft_targets = distils and config.distillation.cache is None
-    if not labels and not soft_targets:
+    name = config.teacher.model
+    online = [source for source in config.learns_from if config.cache_of(source) is None]
+    if not online:
         return None
+    labels, soft_targets = LABELS in online, SOFT_TARGETS in online
+    cache = f", or set {'labels' if labels else 'distillation'}.cache" if labels or config.distillation.top_k else ""
     if name is None:
-        cache, what = ("labels.cache", "labels") if labels else ("distillation.cache", "soft targets")
-        raise CocomixError(f"{cache} and teacher.model are not set: set the one that {what} are to come from")
+        raise CocomixError(f"{online[0]} need a teacher: set teacher.model{cache}")
     known = GPT2_SIZES.get(name.removeprefix("openai-community/"))
     if known is not None:
         width, n_layer, vocabulary = *known, GPT2_VOCABULARY
@@ -127,7 +127,7 @@ def _teacher(config):
         file = Path(name) / "config.json"
         if not file.is_file():
             raise CocomixError(
-                f"teacher.model={name} is no folder here, so its shape is not known: download it, or set labels.cache")
+                f"teacher.model={name} is no folder here, so its shape is not known: download it{cache}")
         stored = _read_shape(file, "vocab_size")
         width, n_layer = (stored.get(a, stored.get(b)) for a, b in
                           (("n_embd", "hidden_size"), ("n_layer", "num_hidden_layers")))
@@ -231,16 +231,19 @@ def step_bytes(job: Job, setup: Setup) -> float:
     labels = 0
     if job.teacher is not None:
         teacher = job.teacher
-        by_gradient = teacher.labels_by == "attribution"
-        blocks_run = {"attribution": 2 * teacher.n_layer - teacher.layer - 1, "activation": teacher.layer + 1,
-                      None: 0}[teacher.labels_by] + teacher.n_layer * teacher.soft_targets
-        logits = 4 * teacher.vocab_size * (by_gradient + teacher.soft_targets)
-        labels = 2 * (blocks_run * 18 * teacher.n_embd + logits + 2 * teacher.n_latents)
+        logits = 4 * teacher.vocab_size * ((teacher.labels_by == "attribution") + teacher.soft_targets)
+        labels = 2 * (_teacher_blocks(teacher) * 18 * teacher.n_embd + logits + 2 * teacher.n_latents)
     activations = tokens * (blocks * (TRAINED + setup.checkpointing) + heads + labels)
     count = parameter_count(shape)
     share = 1 if setup.stage == 0 else setup.gpus
     adam = count / share * (6 * WIDE + WIDE + b)  # master and both moments read and written, the gradient read
     return activations + adam + count * (setup.rounds * (b + 2 * WIDE) + 2 * WIDE)
+
+
+def _teacher_blocks(teacher):
+    """Passes through a block of the teacher, forward or backward, that its online work takes."""
+    of_labels = {"attribution": 2 * teacher.n_layer - teacher.layer - 1, "activation": teacher.layer + 1, None: 0}
+    return of_labels[teacher.labels_by] + teacher.n_layer * teacher.soft_targets
 
 
 def _host_time(job, setup):
@@ -249,7 +252,7 @@ def _host_time(job, setup):
     cluster, n_layer = job.cluster, job.shape.n_layer
     kernels = (14 * n_layer + 40) * (TRAINED + setup.checkpointing)
     if job.teacher is not None:
-        kernels += 2 * 14 * job.teacher.n_layer
+        kernels += 14 * _teacher_blocks(job.teacher)
     hooks = 9 * (n_layer + 1) * cluster.hook_us if setup.stage == 3 else 0.0
     return setup.rounds * (kernels * cluster.launch_us + hooks) * 1e-6
 

@@ -12,10 +12,10 @@ from cocomix.data import TokenFiles
 from cocomix.distillation import DistillationTeacher
 from cocomix.errors import CocomixError
 from cocomix.flops import StudentShape
-from cocomix.methods import predicts_concepts
+from cocomix.methods import LABELS, SOFT_TARGETS
 from cocomix.planner import make_job
 from cocomix.sae import SparseAutoencoder
-from cocomix.supervision import LABELS, SOFT_TARGETS
+from cocomix.supervision import require_concepts
 from cocomix.teacher import DTYPES, ConceptTeacher
 
 _WINDOWS = 2**20  # of random tokens; they are made when they are read
@@ -97,18 +97,12 @@ def student_shape(config: Config, vocab_size: int | None) -> StudentShape:
     return dataclasses.replace(shape, mixing=config.model.mixing)
 
 
-def needs(config: Config) -> tuple[str, ...]:
-    """What the config's student learns from beside the tokens, of `LABELS` and `SOFT_TARGETS`."""
-    wanted = ((LABELS, predicts_concepts(config.model.mixing)), (SOFT_TARGETS, config.distillation.weight > 0))
-    return tuple(name for name, is_wanted in wanted if is_wanted)
-
-
 def random_caches(config: Config, vocab_size: int) -> dict:
     """What caches would hold for the config's student, at random."""
     length, made = config.data.seq_len, {}
-    if LABELS in needs(config):
+    if LABELS in config.learns_from:
         made[LABELS] = RandomLabels(config.model.concept_dim, length, config.teacher.label_topk)
-    if SOFT_TARGETS in needs(config):
+    if SOFT_TARGETS in config.learns_from:
         if config.distillation.top_k is None:
             raise CocomixError("whole distributions are never cached: profile --labels online alone, or set "
                                "distillation.top_k")
@@ -123,13 +117,12 @@ def build_teachers(config: Config, device: torch.device, vocab_size: int, at_ran
     arithmetic does not depend. Raises `CocomixError` where they cannot be loaded or do not fit the student.
     """
     made, model = {}, None
-    if LABELS in needs(config):
+    if LABELS in config.learns_from:
         made[LABELS] = _random_teacher(config, device, vocab_size) if at_random else ConceptTeacher.from_config(
             config.teacher, device)
-        latents, model = made[LABELS].sae.n_latents, made[LABELS].model
-        if latents != config.model.concept_dim:
-            raise CocomixError(f"model.concept_dim is {config.model.concept_dim} but the SAE has {latents} latents")
-    if SOFT_TARGETS in needs(config):
+        require_concepts(config, made[LABELS])
+        model = made[LABELS].model
+    if SOFT_TARGETS in config.learns_from:
         if model is None and at_random:
             model = _random_gpt2(config, device, vocab_size)
         made[SOFT_TARGETS] = DistillationTeacher.from_config(config, vocab_size, device, model)

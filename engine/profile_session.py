@@ -26,10 +26,10 @@ from cocomix.machine import (
     peak_bytes,
     synchronize,
 )
-from cocomix.methods import method_title, mixes_concepts
-from cocomix.profile_inputs import baseline, build_teachers, needs, open_tokens, random_caches, student_shape
+from cocomix.methods import LABELS, SOFT_TARGETS, method_title, mixes_concepts
+from cocomix.profile_inputs import baseline, build_teachers, open_tokens, random_caches, student_shape
 from cocomix.step_parts import OPTIMIZER, Timeline, marked, marked_updates
-from cocomix.supervision import LABELS, Supervision, teacher_shape
+from cocomix.supervision import Supervision, teacher_shape
 from cocomix.train_step import TrainStep, build_student, training_batches
 
 NTP, CACHED, ONLINE = "ntp", "cached", "online"  # the baseline, and the student by where its labels come from
@@ -99,9 +99,9 @@ class Profile:
     """
 
     def __init__(self, config: Config, options: Options, ranks: Ranks, windows: dict[str, int] | None = None):
-        if config.model.mixing == "none" and not needs(config):
+        if config.model.mixing == "none" and not config.learns_from:
             raise CocomixError("model.mixing is none and distillation.weight is 0, which leaves nothing to compare: "
-                               "pass --mixing interleave")
+                               "pass --mixing interleave, or set distillation.weight")
         self.config, self.options, self.ranks = _endless(config, options, ranks.world), options, ranks
         self.training_accumulation = max(1, config.train.global_batch // (config.train.micro_batch * ranks.world))
         self.rounds = options.rounds or DEFAULT_ROUNDS[ranks.device.type]
@@ -125,19 +125,20 @@ class Profile:
             gc.unfreeze()
 
     def _kinds(self):
-        config, wanted = self.config, needs(self.config)
+        config, wanted = self.config, self.config.learns_from
         if not wanted:
             if self.options.labels:
-                raise CocomixError(f"{method_title(config.model.mixing)} learns from no teacher: leave --labels away")
+                raise CocomixError(f"the method ({method_title(config.model.mixing)}) learns from no teacher: leave "
+                                   "out --labels")
             return (ALONE,)
         of_labels = LABELS not in wanted or config.teacher.sae
         has_teacher = self.options.random_teacher or bool(config.teacher.model and of_labels)
-        is_possible = {CACHED: LABELS in wanted or config.distillation.top_k, ONLINE: has_teacher}
+        is_possible = {CACHED: SOFT_TARGETS not in wanted or config.distillation.top_k, ONLINE: has_teacher}
         kinds = self.options.labels or tuple(kind for kind in (CACHED, ONLINE) if is_possible[kind])
         if not kinds or (ONLINE in kinds and not has_teacher):
             raise CocomixError(
                 f"online {wanted[0]} need a teacher: set teacher.model{' and teacher.sae' * (LABELS in wanted)}, or "
-                "pass --random-teacher, or profile --labels cached alone")
+                f"pass --random-teacher{', or profile --labels cached alone' * bool(is_possible[CACHED])}")
         return kinds
 
     # Building
@@ -164,8 +165,9 @@ class Profile:
             self._first_steps(mode)
 
     def _title(self, kind):
-        method = method_title(self.config.model.mixing, self.config.distillation.weight > 0)
-        return method if kind == ALONE else f"{method}, {kind} {' and '.join(needs(self.config))}"
+        sources = " and ".join(map(self.config.title_of, self.config.learns_from))
+        method = method_title(self.config.model.mixing, SOFT_TARGETS in self.config.learns_from)
+        return method if kind == ALONE else f"{method}, {kind} {sources}"
 
     def _student(self, name, config):
         def build():
@@ -302,7 +304,7 @@ def _load_peers(options, config):
         raise CocomixError(
             f"--against needs the programs in benchmarks/, which are not part of the installed package: there is no "
             f"{folder}; run it from a checkout, installed with pip install -e .")
-    has_public_form = mixes_concepts(config.model.mixing) and needs(config) == (LABELS,)
+    has_public_form = mixes_concepts(config.model.mixing) and config.learns_from == (LABELS,)
     if PUBLIC in options.against and not (has_public_form and config.teacher.labels_by == "attribution"):
         raise CocomixError("--against public needs model.mixing=interleave or add, labels by attribution and no "
                            "distillation: the public code knows nothing else")

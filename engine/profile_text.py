@@ -15,14 +15,15 @@ def describe_profile(found: dict) -> str:
 def _heading(found):
     machine, settings, rate = found["machine"], found["settings"], found["product_flops_per_s"]
     ntp, mixed = (_millions(found["parameters"][name]) for name in ("ntp", "cocomix"))
-    how = [f"mixing {settings['mixing']}", settings["precision"], f"ZeRO {settings['zero_stage']}",
+    distils = [" and ".join(["distillation", *settings["learns_from"]])] if "distillation" in settings["method"] else []
+    how = [f"mixing {settings['mixing']}", *distils, settings["precision"], f"ZeRO {settings['zero_stage']}",
            _count(settings["ranks"], "rank")]
     how += [name.replace("_", " ") for name in ("compile", "activation_checkpointing") if settings[name]]
     if settings["attention_backend"]:
         how.append(f"attention backend {settings['attention_backend']}")
     return [
         f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, commit {machine['commit']}",
-        f"{ntp} parameters, {mixed} with concepts; {', '.join(how)}",
+        f"{ntp} parameters{f', {mixed} with concepts' * (mixed != ntp)}; {', '.join(how)}",
         f"a step here: {_micro_batches(settings['accumulation'])} of {_count(settings['micro_batch'], 'window')} of "
         f"{settings['seq_len']:,} tokens ({_tokens(settings)}) and an optimizer step",
         f"tokens/s, MFU and ratios: for training, where {_micro_batches(settings['training_accumulation'])} share an "
@@ -65,8 +66,13 @@ def _modes(found):
                      f"{step['p10'] * 1e3:,.1f}-{step['p90'] * 1e3:,.1f}",
                      f"{mode['update_s']['median'] * 1e3:,.1f}", f"{mode['peak_memory_gib']:.2f}",
                      f"{mode['mfu']:.0%}", *cells))
-    return (f"{_aligned(rows)}\n\nA run pays off when it saves more tokens than the break-even saving; the paper "
-            f"reports {found['paper_saving']:.1%} at 1.38B parameters.")
+    return f"{_aligned(rows)}\n\n{pays_off(found['paper_saving'])}"
+
+
+def pays_off(paper_saving: float | None) -> str:
+    """What the break-even saving says, and what the paper reports where it does."""
+    reported = "" if paper_saving is None else f"; the paper reports {paper_saving:.1%} at 1.38B parameters"
+    return f"A run pays off when it saves more tokens than the break-even saving{reported}."
 
 
 def _competitors(found):
@@ -85,7 +91,7 @@ def _breakdown(found):
     modes = {name: mode for name, mode in found["modes"].items() if mode["parts"]}
     names = [LABELS, *(name for part in TRAINED_PARTS for name in (part, part + BACKWARD)), OPTIMIZER, COMMUNICATION,
              OTHER]
-    rows = [("", *(cell for name in modes for cell in (name, "")))]
+    rows = [("", *(cell for name, mode in modes.items() for cell in (mode["title"] if name == "alone" else name, "")))]
     for part in names:
         if any(mode["parts"][part] for mode in modes.values()):
             rows.append((part, *(cell for mode in modes.values() for cell in _share(mode, part))))

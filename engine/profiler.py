@@ -17,13 +17,13 @@ The JSON file (`--json`) holds one object:
     kind         "profile"
     machine      device, versions and commit (`cocomix.machine.describe`)
     settings     what was run: precision, zero_stage, ranks, micro_batch (windows of one rank), accumulation, seq_len,
-                 compile, activation_checkpointing, attention_backend, mixing, method (for people), learns_from (of
-                 "labels" and "soft targets"), tokens ("files" | "random"), teacher ("config" | "random" | null),
+                 compile, activation_checkpointing, attention_backend, mixing, method (for people), learns_from (for
+                 people), tokens ("files" | "random"), teacher ("config" | "random" | null),
                  rounds, steps (of a round), training_accumulation (micro batches of a rank that share an optimizer
                  step in training)
-    student      the CoCoMix student's shape, teacher its teacher's or null; parameters {"ntp", "cocomix"}
+    student      the student's shape, teacher its teacher's or null; parameters {"ntp", "cocomix"} (of the method)
     product_flops_per_s   {median, p10, p90} of a large square product in the training precision
-    paper_saving 0.215: the share of training tokens that the paper reports saved at 1.38B
+    paper_saving 0.215: the share of training tokens that the paper reports saved at 1.38B by CoCoMix; null for others
     modes        by name: "ntp", "cached", "online", "alone", and those of `--against`, each
         title        for people
         of           the mode that it competes with, null for ours
@@ -50,8 +50,8 @@ from cocomix.errors import CocomixError
 from cocomix.files import write_json
 from cocomix.flops import parameter_count
 from cocomix.machine import describe
-from cocomix.methods import method_title
-from cocomix.profile_inputs import RandomTokens, needs
+from cocomix.methods import SOFT_TARGETS, method_title
+from cocomix.profile_inputs import RandomTokens
 from cocomix.profile_session import NTP, Options, OutOfMemory, Profile
 from cocomix.profile_text import describe_profile
 from cocomix.step_parts import PARTS
@@ -80,6 +80,7 @@ def run(config: Config, options: Options, trace=None, json_file=None) -> None:
             print(f"trace: {file}")
         if json_file is not None:
             write_json(json_file, found)
+            print(f"figures: {json_file}")
 
 
 def fitting_profile(config: Config, options: Options, ranks) -> Profile:
@@ -115,7 +116,8 @@ def results(profile: Profile) -> dict:
                 "precision", "zero_stage", "micro_batch", "compile", "activation_checkpointing", "attention_backend")},
             "accumulation": options.accumulation, "training_accumulation": profile.training_accumulation,
             "ranks": ranks.world, "seq_len": shape.seq_len, "mixing": shape.mixing,
-            "method": method_title(shape.mixing, config.distillation.weight > 0), "learns_from": list(needs(config)),
+            "method": method_title(shape.mixing, SOFT_TARGETS in config.learns_from),
+            "learns_from": [config.title_of(name) for name in config.learns_from],
             "tokens": "random" if isinstance(profile.split, RandomTokens) else "files",
             "teacher": None if teacher is None else "random" if options.random_teacher else "config",
             "rounds": profile.rounds, "steps": profile.steps,
@@ -123,7 +125,8 @@ def results(profile: Profile) -> dict:
         "student": dataclasses.asdict(shape), "teacher": teacher,
         "parameters": {"ntp": parameter_count(dataclasses.replace(shape, mixing="none")),
                        "cocomix": parameter_count(shape)},
-        "product_flops_per_s": spread(rates), "paper_saving": PAPER_SAVING,
+        "product_flops_per_s": spread(rates),
+        "paper_saving": PAPER_SAVING if shape.mixing == "interleave" else None,
         "modes": {mode.name: _figures(profile, mode) | _breakdown(mode) for mode in profile.modes.values()},
     }
 

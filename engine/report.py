@@ -61,19 +61,22 @@ def _compare(runs: list[Run]) -> _Comparison:
 
 
 def _saving_notes(runs: list[Run], names: list[str]) -> list[str]:
-    """A sentence for each run beside the first NTP run."""
+    """A sentence for each run beside the first NTP run, and what none of them holds."""
     baseline = next((run for run in runs if run.is_baseline), None)
-    notes = []
+    if baseline is None:
+        return []
+    ntp, notes, has_bounds = names[runs.index(baseline)], [], False
     for run, name in zip(runs, names, strict=True):
-        found = None if baseline is None or run.is_baseline else saving(run, baseline)
+        found = None if run.is_baseline else saving(run, baseline)
         if found is not None:
+            has_bounds = True
             what = f"{found.share:.1%} fewer" if found.share >= 0 else f"{-found.share:.1%} more"
-            notes.append(
-                f"{name} reaches a validation loss of {found.loss:.3f} with {what} tokens than "
-                f"{names[runs.index(baseline)]} (a saving between {found.low:.1%} and {found.high:.1%} by the "
-                "evaluations around it; what other seeds give is not in this)."
-            )
-    return notes
+            notes.append(f"{name} reaches a validation loss of {found.loss:.3f} with {what} tokens than {ntp} (a "
+                         f"saving between {found.low:.1%} and {found.high:.1%} by the evaluations around it).")
+        elif (lowest := min(e["loss"] for e in run.evaluations)) > baseline.evaluations[0]["loss"]:
+            notes.append(f"{name} comes to a validation loss of {lowest:.3f}, which {ntp} was past at its first "
+                         "evaluation.")
+    return [*notes, "What other seeds would give is not in these bounds."] if has_bounds else notes
 
 
 def _check_comparable(runs: list[Run]) -> None:
@@ -108,8 +111,8 @@ def _common_tokens(runs: list[Run]) -> int:
     if not common:
         reached = ", ".join(f"{run.folder}: {run.evaluations[-1]['tokens']:,} tokens" for run in runs)
         raise CocomixError(
-            f"the runs have no evaluation at equal tokens (last ones: {reached}); wait for the slower run, or train "
-            "with the same train.global_batch and train.eval_every"
+            f"the runs have no evaluation at equal tokens (last ones: {reached}); wait for a run that goes on, or "
+            "train with the same train.tokens, train.global_batch and train.eval_every"
         )
     return max(common)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from cocomix.errors import CocomixError
 from cocomix.files import read_json
-from cocomix.methods import MIXING, method_title, predicts_concepts
+from cocomix.methods import MIXING, labels_name, method_title, predicts_concepts, soft_targets_name
 
 _DATA_KEYS = ("vocab_size", "train_tokens", "val_tokens", "val_unigram_perplexity")
 _RUN_KEYS = ("name", "mode", "labels", "device", "world_size", "parameters", "tokens_per_step", "total_steps",
@@ -40,13 +40,11 @@ class Run:
         """What was trained, in words: "NTP", "CoCoMix (cached labels)", …"""
         mixing, soft = self.info["mode"], self.info.get("soft_targets")
         of_labels = self.info["labels"] if predicts_concepts(mixing) else None
-        sources = [f"{kind} {name}" for kind, name in ((of_labels, self._labels_name), (soft, "soft targets")) if kind]
+        config = self.info["config"]
+        names = (labels_name(config.get("teacher", {}).get("labels_by", "attribution")),
+                 soft_targets_name(config.get("distillation", {}).get("top_k")))
+        sources = [f"{kind} {name}" for kind, name in zip((of_labels, soft), names, strict=True) if kind]
         return method_title(mixing, distils=bool(soft)) + (f" ({', '.join(sources)})" if sources else "")
-
-    @property
-    def _labels_name(self) -> str:
-        by = self.info["config"].get("teacher", {}).get("labels_by", "attribution")
-        return "labels" if by == "attribution" else f"labels by {by}"
 
     @property
     def is_baseline(self) -> bool:
@@ -95,6 +93,9 @@ def load_run(folder) -> Run:
     its number) and when there is no evaluation yet.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise CocomixError(f"{folder} is a file, not the folder of a run: each profile or benchmark is named after an "
+                           "option of its own, --profile FILE or --bench FILE")
     if not (folder / "run.json").is_file():
         raise CocomixError(f"{folder} is not a run folder (no run.json in it); name one that `cocomix train` wrote")
     info = read_json(folder / "run.json", "the run's description")

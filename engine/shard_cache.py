@@ -18,6 +18,7 @@ from cocomix.mapped_file import MappedFile
 _DTYPE = np.dtype("<u2")
 _CHECKSUM_BYTES = 32
 _READ_BYTES = 1 << 20
+_HASH_CHARACTERS = 64
 _ABANDONED_S = 3600  # a shard that is being written changes with every batch of windows
 _MEND = "run `cocomix labels` again, which makes it anew"
 _VERSION = 1
@@ -109,7 +110,12 @@ class ShardCache:
     def require(self, fingerprints: dict) -> None:
         """Raise `CocomixError`, naming what differs, unless the cache was made from these fingerprints."""
         names = _NAMES | self.names
-        differing = [names[key] for key, value in fingerprints.items() if self.fingerprints.get(key) != value]
+        differing = []
+        for key, value in fingerprints.items():
+            made_from = str(self.fingerprints.get(key))
+            if made_from != value:
+                known = max(len(made_from), len(value)) < _HASH_CHARACTERS
+                differing.append(names[key] + f" ({made_from}, not {value})" * known)
         if differing:
             raise CocomixError(
                 f"the {self.what} {self.folder} was made from {' and '.join(differing)}: run `cocomix labels` with "

@@ -13,11 +13,9 @@ from cocomix.distributed import rank_and_world
 from cocomix.errors import CocomixError
 from cocomix.flops import TeacherShape
 from cocomix.labels import LabelCache
-from cocomix.methods import predicts_concepts
+from cocomix.methods import LABELS, SOFT_TARGETS
 from cocomix.shard_cache import ShardCache
 from cocomix.teacher import ConceptTeacher
-
-LABELS, SOFT_TARGETS = "labels", "soft targets"
 
 
 class Supervision:
@@ -35,12 +33,12 @@ class Supervision:
         """What the config's student needs. Raises `CocomixError` where it is not there, incomplete or of something
         else."""
         caches, teachers = {}, {}
-        if predicts_concepts(config.model.mixing):
+        if LABELS in config.learns_from:
             if config.labels.cache:
                 caches[LABELS] = _StudentsLabels(_open_labels(config, tokens), config.model.concept_dim)
             else:
                 teachers[LABELS] = _concept_teacher(config, tokens, device)
-        if config.distillation.weight:
+        if SOFT_TARGETS in config.learns_from:
             if config.distillation.cache:
                 caches[SOFT_TARGETS] = _open_soft_targets(config, tokens)
             else:
@@ -68,6 +66,11 @@ class Supervision:
         found = {name: cache.fingerprints for name, cache in self.caches.items()}
         found |= {name: teacher.fingerprints() for name, teacher in self.teachers.items()}
         return {f"the {name}' {key}": value for name, prints in found.items() for key, value in prints.items()}
+
+    def of(self, name: str) -> "Supervision":
+        """The part of it that is called `name`, alone."""
+        return Supervision(*({key: source for key, source in sources.items() if key == name}
+                             for sources in (self.caches, self.teachers)))
 
     @property
     def teacher_shape(self) -> TeacherShape | None:
@@ -103,7 +106,7 @@ class _StudentsLabels:
 def _concept_teacher(config, tokens, device):
     teacher = ConceptTeacher.from_config(config.teacher, device)
     require_vocabulary(teacher.model, tokens)
-    _require_concepts(config, teacher)
+    require_concepts(config, teacher)
     return teacher
 
 
@@ -122,7 +125,7 @@ def _open_labels(config, tokens):
 
     def made_by():
         teacher = ConceptTeacher.from_config(section, torch.device("cpu"))
-        _require_concepts(config, teacher)
+        require_concepts(config, teacher)
         return teacher.fingerprints()
 
     known = {"layer": str(section.layer), "label_topk": str(section.label_topk), "labels_by": section.labels_by}
@@ -155,7 +158,8 @@ def data_fingerprints(config: Config, tokens: TokenFiles) -> dict[str, str]:
     return {"data": tokens.split("train").fingerprint, "seq_len": str(config.data.seq_len)}
 
 
-def _require_concepts(config, teacher):
+def require_concepts(config: Config, teacher: ConceptTeacher) -> None:
+    """Raise `CocomixError` unless the student has a concept for each latent of the teacher's SAE."""
     n_latents = teacher.sae.n_latents
     if n_latents != config.model.concept_dim:
         raise CocomixError(f"model.concept_dim is {config.model.concept_dim} but the SAE has {n_latents} latents")

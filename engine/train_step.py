@@ -11,8 +11,8 @@ from cocomix.checkpoint import set_schedule
 from cocomix.config import Config
 from cocomix.data import MicroBatchSampler, WindowDataset, WindowOrder
 from cocomix.distributed import Ranks
+from cocomix.methods import LABELS
 from cocomix.prefetch import StepBatches
-from cocomix.supervision import LABELS
 
 
 def build_student(config: Config, vocab_size: int, eot_id: int | None = None):

@@ -1,4 +1,4 @@
-"""Pretraining with DeepSpeed ZeRO: tokens and concept labels in, metrics, checkpoints and a model out."""
+"""Pretraining with DeepSpeed ZeRO: tokens and what the teacher says of them in, checkpoints and a model out."""
 
 import copy
 import dataclasses
@@ -27,11 +27,12 @@ from cocomix.files import atomic_folder, write_json
 from cocomix.flops import StudentShape, training_flops
 from cocomix.loss_watch import LossWatch
 from cocomix.memory_check import memory_warning
+from cocomix.methods import LABELS, SOFT_TARGETS
 from cocomix.metrics import MetricsLog, peak_memory_gib, progress_bar
 from cocomix.prefetch import StepBatches
 from cocomix.rank_failures import failures_named, require_agreement
 from cocomix.resume import code_fingerprint, require_same_run, settings
-from cocomix.supervision import LABELS, SOFT_TARGETS, Supervision
+from cocomix.supervision import Supervision
 from cocomix.train_step import TrainStep, build_student, training_batches
 
 EXIT_RESUME = 75  # the run was interrupted and saved: start it again with --resume (EX_TEMPFAIL of sysexits.h)
@@ -278,8 +279,9 @@ class Trainer:
         train = self.config.train
         rounds = min(self.engine.gradient_accumulation_steps(),
                      -(-_STATISTICS_WINDOWS // (train.micro_batch * self.ranks.world)))
-        micro_batches = training_batches(self.config, self.train_split, self.supervision, self.ranks)
-        batches = StepBatches(micro_batches, rounds, self.supervision.add_to, self.ranks.device).next_step()
+        labels = self.supervision.of(LABELS)
+        micro_batches = training_batches(self.config, self.train_split, labels, self.ranks)
+        batches = StepBatches(micro_batches, rounds, labels.add_to, self.ranks.device).next_step()
         return concept_statistics(self.engine.module, batches, self.config.model.concept_dim, self.ranks)
 
     def _save(self) -> None:

@@ -117,9 +117,12 @@ def test_settings_that_cannot_be_are_refused(tmp_path, override, message):
     with pytest.raises(CocomixError, match=message):
         load_config(tmp_path / "config.yaml", [override])
     with pytest.raises(CocomixError, match=r"are the same folder \(one\): name two"):
-        load_config(tmp_path / "config.yaml", ["labels.cache=one", "distillation.cache=one"])
+        load_config(tmp_path / "config.yaml", ["labels.cache=one", "distillation.cache=one", "distillation.weight=1"])
+    with pytest.raises(CocomixError, match="distillation.cache is set but distillation.weight is 0: set the weight"):
+        load_config(tmp_path / "config.yaml", ["distillation.cache=soft"])
     with pytest.raises(CocomixError, match="distillation.cache needs distillation.top_k"):
-        load_config(tmp_path / "config.yaml", ["distillation.top_k=null", "distillation.cache=soft"])
+        load_config(tmp_path / "config.yaml",
+                    ["distillation.top_k=null", "distillation.cache=soft", "distillation.weight=1"])
 
 
 # ---- the cache

@@ -23,8 +23,8 @@ from cocomix.frozen_side import run
 from cocomix.supervision import LABELS, Supervision, require_vocabulary
 
 SHAPE = {"n_windows": 10, "seq_len": 6, "label_topk": 3, "shard_windows": 4}  # shards of 4, 4 and 2 windows
-FINGERPRINTS = {"data": "d", "teacher": "t", "sae": "s", "layer": "5", "label_topk": "3", "dtype": "float32",
-                "seq_len": "6"}
+FINGERPRINTS = {"data": "d" * 64, "teacher": "t" * 64, "sae": "s" * 64, "layer": "5", "label_topk": "3",
+                "dtype": "float32", "seq_len": "6"}
 
 
 def new_cache(folder, **settings):
@@ -268,15 +268,16 @@ def test_what_a_killed_process_left_is_taken_up_and_removed_after_an_hour(tmp_pa
 ])
 def test_labels_made_from_something_else_are_refused_by_name(tmp_path, key, name):
     new_cache(tmp_path)
-    other = {**FINGERPRINTS, key: "other"}
+    other, value = {**FINGERPRINTS, key: "other"}, FINGERPRINTS[key]
+    values = "" if len(value) == 64 else rf" \({value}, not other\)"  # hashes say nothing
     for use in (lambda: new_cache(tmp_path, fingerprints=other), lambda: LabelCache.open(tmp_path).require(other)):
-        with pytest.raises(CocomixError, match=f"{tmp_path} was made from {name}: run `cocomix labels`"):
+        with pytest.raises(CocomixError, match=f"{tmp_path} was made from {name}{values}: run `cocomix labels`"):
             use()
 
 
 def test_everything_that_differs_is_named(tmp_path):
     new_cache(tmp_path)
-    with pytest.raises(CocomixError, match="another SAE and another window length"):
+    with pytest.raises(CocomixError, match=r"another SAE and another window length \(6, not 7\)"):
         LabelCache.open(tmp_path).require({**FINGERPRINTS, "sae": "x", "seq_len": "7"})
 
 

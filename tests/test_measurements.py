@@ -94,7 +94,7 @@ def test_a_profile_without_parts_has_a_table_alone(tmp_path):
     profile = load_profile(profile_file(tmp_path / "p.json"))
     for mode in profile["modes"].values():
         mode["parts"] = None
-    [section] = profile_sections(profile)
+    [section] = profile_sections(profile, 1, "p.json")
     assert "What a step costs" in section.html and not section.figures
 
 
@@ -147,7 +147,7 @@ def test_one_command_makes_a_page_of_all_measurements(tmp_path, capsys):
     assert "slower: topk_linear encode-n512-d64 torch: 2 -> 4 x floor (x 2.00)" in out
     assert "1 benchmarks compared: 1 slower, 0 faster beyond the noise" in out
     page = (tmp_path / "out/report.html").read_text()
-    for text in ("What a step costs", "CoCoMix, cached labels", "1.60", "37.5%", "21.5%", "Floor: one product",
+    for text in ("What a step costs: p.json", "CoCoMix, cached labels", "1.60", "37.5%", "21.5%", "Floor: one product",
                  "Compared with the older run", "a chip"):
         assert text in page, text
     assert page.count("<svg") == 2

@@ -218,7 +218,7 @@ def test_the_report_names_methods_and_compares_them_with_plain_prediction(world)
         assert world.train(run, *overrides) == 0
     table = comparison_table([load_run(world.folder / run) for run in runs])
     for title in ("NTP", "pause tokens", "concept prediction (cached labels)",
-                  "NTP with distillation (cached soft targets)"):
+                  f"NTP with distillation (cached top-{TOP} soft targets)"):
         assert f"\n{title} " in table
     flops = {run: load_run(world.folder / run).flops_per_token for run in runs}
     assert flops["ntp"] == flops["distilled"] < flops["predicted"] and flops["paused"] > 1.3 * flops["ntp"]

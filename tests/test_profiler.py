@@ -17,7 +17,7 @@ from flop_helpers import count_flops
 from run_helpers import PARTITION_ALL, World, environment
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from cocomix import SparseAutoencoder, machine, profile_inputs, profile_session, profiler, step_parts
+from cocomix import SparseAutoencoder, machine, profile_inputs, profile_session, profile_text, profiler, step_parts
 from cocomix.cli import main
 from cocomix.config import load_config
 from cocomix.distributed import process_group
@@ -344,12 +344,15 @@ def test_methods_have_titles_and_what_they_cannot_have_is_refused(config_file):
     distilled = ["model.mixing=none", "distillation.weight=0.5"]
     with profiled(config_file, *distilled, "data.seq_len=16") as profile:
         titles = [mode.title for mode in profile.modes.values()]
-        assert titles == ["NTP", "NTP with distillation, cached soft targets",
-                          "NTP with distillation, online soft targets"]
+        assert titles == ["NTP", "NTP with distillation, cached top-32 soft targets",
+                          "NTP with distillation, online top-32 soft targets"]
         settings = profiler.results(profile)["settings"] if profile.measure() is None else None
-        assert settings["method"] == "NTP with distillation" and settings["learns_from"] == ["soft targets"]
+        assert settings["method"] == "NTP with distillation" and settings["learns_from"] == ["top-32 soft targets"]
+        text = profile_text.describe_profile(profiler.results(profile))
+        assert "mixing none, distillation and top-32 soft targets, fp32" in text and "with concepts" not in text
+        assert "the break-even saving." in text and "the paper reports" not in text
     for overrides, options, message in (
-        (["model.mixing=pause"], {"labels": (CACHED,)}, "pause tokens learns from no teacher: leave --labels away"),
+        (["model.mixing=pause"], {"labels": (CACHED,)}, "the method .pause tokens. learns from no teacher: leave out"),
         ([*distilled, "distillation.top_k=null"], {"labels": (CACHED,)}, "whole distributions are never cached"),
         ([*distilled, "teacher.model=null"], {"labels": (ONLINE,)}, "online soft targets need a teacher: set tea"),
         (["model.mixing=none"], {}, "leaves nothing to compare"),

@@ -107,17 +107,22 @@ def test_a_finished_run_is_read_with_its_lines_by_kind(tmp_path):
 
 def test_other_methods_have_titles_and_a_saving_of_their_own(tmp_path):
     ntp = load_run(write_run(tmp_path / "ntp"))
-    distilled = load_run(write_run(tmp_path / "distilled", offset=-0.05, distilled=True))
+    distilled = load_run(write_run(tmp_path / "distilled", offset=-0.05, distilled=True,
+                                   config={"distillation": {"top_k": 8}, "train": {"eval_windows": 0}}))
+    lagging = load_run(write_run(tmp_path / "lagging", "pause", labels=None, offset=2.0))
     by_activation = load_run(write_run(tmp_path / "by", "interleave", config={"teacher": {"labels_by": "activation"}}))
     both = load_run(write_run(tmp_path / "both", "predict", distilled=True))
-    assert distilled.title == "NTP with distillation (cached soft targets)"
+    assert distilled.title == "NTP with distillation (cached top-8 soft targets)"
     assert by_activation.title == "CoCoMix (cached labels by activation)"
-    assert both.title == "concept prediction with distillation (cached labels, cached soft targets)"
+    assert both.title == "concept prediction with distillation (cached labels, cached whole soft targets)"
     assert load_run(write_run(tmp_path / "pause", "pause", labels=None)).title == "pause tokens"
     assert [run.is_baseline for run in (ntp, distilled, by_activation, both)] == [True, False, False, False]
-    text = comparison_table([distilled, ntp])
-    assert "NTP with distillation (cached soft targets) reaches a validation loss of" in text
-    assert cells(text, "NTP with distillation (cached soft targets)")[2] == "1.00"
+    text = comparison_table([distilled, ntp, lagging])
+    assert "NTP with distillation (cached top-8 soft targets) reaches a validation loss of" in text
+    assert cells(text, "NTP with distillation (cached top-8 soft targets)")[2] == "1.00"
+    assert "pause tokens comes to a validation loss of 6.455, which NTP was past at its first evaluation." in text
+    assert text.count("What other seeds would give is not in these bounds.") == 1
+    assert "seeds" not in comparison_table([ntp]) + comparison_table([ntp, lagging])
 
 
 @pytest.mark.parametrize("mode, labels, title", [
