@@ -19,6 +19,7 @@ from cocomix.methods import doubles_sequence, mixes_concepts, predicts_concepts
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 500 * 2**20}  # of concept logits that exist at once
 _LM_HEAD_ROWS_ON_CPU = 128
 _LM_HEAD_BYTES = 384 * 2**20  # of vocabulary logits that exist at once on a GPU, in fp32
+_TILE_ROWS = 128
 _TEACHER_WINDOWS = {"cpu": 1, "cuda": 8}  # in one label pass
 WIDE = 4  # bytes of a float32: masters, optimizer state, sums of gradients
 _INDEX = 8
@@ -39,6 +40,8 @@ class Setup:
     persistence_threshold: int = 100_000  # smaller parameters stay whole at stage 3
     kept_whole: int = 500_000_000  # elements that stay gathered between forward and backward pass at stage 3
     device: str = "cuda"
+    soft_targets: str | None = None  # that a student is distilled with: "top" (the likeliest tokens) or "whole"
+    soft_target_bytes: int = 0  # a token
 
     @property
     def weight_bytes(self) -> int:
@@ -62,16 +65,18 @@ class Footprint:
 
 def footprint(shape: StudentShape, n_head: int, setup: Setup, teacher: TeacherShape | None = None,
               teacher_bytes: int = 2) -> Footprint:
-    """The fullest moment of a step. `teacher` is given where labels are computed online, `teacher_bytes` is the size of
-    its weights' type."""
+    """The fullest moment of a step. `teacher` is given where labels or soft targets are computed online,
+    `teacher_bytes` is the size of its weights' type."""
     resident, host = _resident(shape, setup)
+    ahead = 2 if setup.device == "cuda" else 1  # micro batches: the one that trains and the next
+    resident["soft targets"] = ahead * setup.micro_batch * shape.seq_len * setup.soft_target_bytes
     if teacher is not None:
         resident["teacher and SAE"] = teacher_bytes * (
             gpt2_parameters(teacher.n_embd, teacher.n_layer, teacher.vocab_size, shape.seq_len)
             + 2 * teacher.n_latents * teacher.n_embd)
     moments = _moments(shape, n_head, setup)
     if teacher is not None:
-        label_pass = _label_pass(shape, teacher, teacher_bytes, setup.device)
+        label_pass = _label_pass(shape, teacher, teacher_bytes, setup)
         if setup.device == "cuda":  # on a stream of its own, whose memory training cannot use
             resident["teacher and SAE"] += label_pass
         else:
@@ -156,7 +161,8 @@ def _moments(shape, n_head, setup):
     predicted, insert = predicts_concepts(shape.mixing), shape.insert_layer
     concepts = shape.concept_dim * d if predicted else 0
     vocabulary = shape.vocab_size * d
-    held = (WIDE if cpu or not setup.bf16 else b) * vocabulary  # the head's gradient, made in the forward pass
+    wide = cpu or not setup.bf16 or setup.soft_targets is not None
+    held = (WIDE if wide else b) * vocabulary  # the head's gradient, made in the forward pass
     growth = {0: b, 1: b, 2: 0, 3: 0}[setup.stage] * (setup.rounds == 1)  # bytes of gradient a weight, while it grows
     bucket = b * setup.bucket if setup.stage == 2 else 0
     common = {"gathered": _gathered(shape, setup), "gradients": _gradients_between(shape, setup)}
@@ -195,9 +201,28 @@ def _lm_head_work(shape, setup, tokens, product):
     """What the head's loss takes at most: a chunk of logits, which turn into their gradient, and the head's gradient
     (`product` bytes) beside the chunk's share of it."""
     cpu = setup.device == "cpu"
+    if setup.soft_targets is not None:
+        return product + _distillation_work(shape, setup, tokens)
     rows = _LM_HEAD_ROWS_ON_CPU if cpu else _LM_HEAD_BYTES // (WIDE * shape.vocab_size)
     cast = WIDE * shape.vocab_size * shape.n_embd if cpu and setup.bf16 else 0  # a CPU multiplies in fp32
     return min(rows, tokens) * shape.vocab_size * WIDE + 2 * product + cast
+
+
+def _distillation_work(shape, setup, tokens):
+    """What the head's loss with soft targets takes beside its gradient: in the forward pass a chunk of logits, three
+    times for whole distributions; in the backward pass that gradient, scaled, and as the weights have it."""
+    cpu, weights = setup.device == "cpu", shape.vocab_size * shape.n_embd
+    row = WIDE * shape.vocab_size
+    most = (CHUNK_BYTES["cpu"] if cpu else _LM_HEAD_BYTES) // row
+    if most < tokens:  # chunks are nearly equal, in tiles of a product
+        most = most // _TILE_ROWS * _TILE_ROWS or most
+        most = math.ceil(tokens / math.ceil(tokens / most) / _TILE_ROWS) * _TILE_ROWS
+    chunk = min(most, tokens) * row
+    if cpu and setup.soft_targets == "whole":
+        chunk *= 3
+    if cpu and setup.bf16:
+        chunk += WIDE * weights  # a CPU multiplies in fp32
+    return max(chunk, (WIDE + setup.weight_bytes * setup.bf16) * weights)
 
 
 def _concept_chunk(shape, setup, tokens):
@@ -235,13 +260,14 @@ def _last_moments(shape, setup, common, growth, held):
     return {"last gradients": end, "optimizer step": step}
 
 
-def _label_pass(shape, teacher, size, device):
+def _label_pass(shape, teacher, size, setup):
     """Bytes of a pass through the teacher, in which attribution's backward pass needs the blocks' activations."""
+    device = setup.device
     rows, d = _TEACHER_WINDOWS[device] * shape.seq_len, teacher.n_embd
     largest, activations = min(CHUNK_BYTES[device], rows * teacher.n_latents * size), 0
     if teacher.labels_by == "attribution":
         activations = rows * 16 * d * size * (teacher.n_layer - 1 - teacher.layer)
-    if teacher.labels_by == "attribution" or teacher.soft_targets:  # the head is read
+    if teacher.labels_by == "attribution" or setup.soft_targets == "top":  # the head is read
         head = size * teacher.vocab_size * d + 2 * _LM_HEAD_BYTES if device == "cuda" else WIDE * teacher.vocab_size * d
         largest = max(head, largest)
     return activations + largest + rows * 9 * d * size

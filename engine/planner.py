@@ -260,7 +260,7 @@ def _host_time(job, setup):
 def predict(job: Job, setup: Setup) -> Prediction:
     """Memory, arithmetic, communication and time of one setup."""
     config, cluster, train = job.config, job.cluster, job.config.train
-    teacher_bytes = 2 if config.teacher.dtype == "bf16" else 4
+    teacher_bytes = _teacher_bytes(config)
     memory = footprint(job.shape, config.model.n_head, setup, job.teacher, teacher_bytes)
     flops, moved = step_flops(job, setup), step_bytes(job, setup)
     tokens = setup.micro_batch * setup.rounds * job.shape.seq_len
@@ -298,13 +298,28 @@ def _setup(job, stage, gpus, micro_batch, global_batch, **more):
     zero, train = _zero_section(job.config), job.config.train
     reuse = int(zero.get("stage3_max_reuse_distance", 10**9))
     prefetch = int(zero.get("stage3_prefetch_bucket_size", 5 * 10**7))
-    settings = {"checkpointing": train.activation_checkpointing, "offload": train.offload_optimizer and stage > 0}
+    settings = {"checkpointing": train.activation_checkpointing, "offload": train.offload_optimizer and stage > 0,
+                **_soft_targets(job)}
     return Setup(
         stage=stage, gpus=gpus, micro_batch=micro_batch, rounds=global_batch // (gpus * micro_batch),
         bf16=train.precision == "bf16", bucket=int(zero.get("reduce_bucket_size", 5 * 10**8)),
         persistence_threshold=int(zero.get("stage3_param_persistence_threshold", 10**5)),
         kept_whole=max(reuse // 2, prefetch), **{**settings, **more},
     )
+
+
+def _soft_targets(job):
+    """The settings of a `Setup` that distillation decides."""
+    if SOFT_TARGETS not in job.config.learns_from:
+        return {}
+    top_k = job.config.distillation.top_k
+    if top_k is not None:
+        return {"soft_targets": "top", "soft_target_bytes": 10 * top_k}  # ids int64 and float16
+    return {"soft_targets": "whole", "soft_target_bytes": job.teacher.n_embd * _teacher_bytes(job.config)}
+
+
+def _teacher_bytes(config):
+    return 2 if config.teacher.dtype == "bf16" else 4
 
 
 # ---------------------------------------------------------------------------------------------- choice

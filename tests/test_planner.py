@@ -192,6 +192,48 @@ def test_links_within_a_node_are_faster_and_latency_grows_with_the_nodes():
 ONLINE = ("distillation.cache=null", "labels.cache=null")
 
 
+@pytest.mark.parametrize("soft_targets", ["top", "whole"])
+@pytest.mark.parametrize(("seq_len", "rows", "more"), [
+    (128, 8, {}), (64, 2, {"vocab_size": 12000}), (128, 8, {"vocab_size": 12000}), (512, 8, {"vocab_size": 4000})])
+def test_memory_of_a_distilled_step_is_what_it_holds(soft_targets, seq_len, rows, more):
+    student = plan_helpers.shape("none", seq_len, **more)
+    model = plan_helpers.build(student)
+    model.config.distillation_weight = 0.5
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    top_k, width = 8, 32
+    head = torch.randn(student.vocab_size, width)
+
+    def step():
+        batch = plan_helpers.micro_batch(student, rows)
+        shape = rows, seq_len
+        if soft_targets == "top":
+            batch |= {"soft_target_ids": torch.arange(top_k).repeat(*shape, 1),
+                      "soft_target_log_probs": torch.full((*shape, top_k), -3.0, dtype=torch.float16)}
+        else:
+            batch |= {"teacher_hidden": torch.randn(*shape, width), "teacher_head": head}
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    held = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
+    held += sum(p.nbytes for p in model.parameters())
+    setup = Setup(stage=0, gpus=1, micro_batch=rows, rounds=1, bf16=False, device="cpu", soft_targets=soft_targets,
+                  soft_target_bytes=10 * top_k if soft_targets == "top" else 4 * width)
+    predicted = footprint(student, plan_helpers.N_HEAD, setup).total
+    assert predicted == pytest.approx(held + plan_helpers.peak_above_start(step), rel=0.06)
+
+
+def test_distillation_takes_memory_for_the_whole_distribution_or_the_head():
+    top, whole = (make_plan(paper_job("methods/distillation", "h100", *ONLINE, *more), 8).stages[1].memory
+                  for more in ((), ("distillation.top_k=null",)))
+    plain = make_plan(paper_job("69m", "h100", "model.mixing=none"), 8).stages[1].memory
+    assert plain.total < whole.total and plain.total < top.total
+    tokens = 32 * 1024
+    assert (top.parts["soft targets"], whole.parts["soft targets"]) == (2 * tokens * 10 * 32, 2 * tokens * 2 * 768)
+    assert whole.parts["teacher and SAE"] < top.parts["teacher and SAE"]
+
+
 @pytest.mark.parametrize(("method", "overrides", "teacher"), [
     ("pause", ONLINE, None), ("distillation", (), None), ("predict", (), None), ("activation", (), None),
     ("distillation", ONLINE, TeacherShape(768, 12, 0, 50257, 0, labels_by=None, soft_targets=True)),
