@@ -37,7 +37,7 @@ def profile_sections(profile: dict[str, Any], number: int, name: str) -> list[Se
     device = profile["machine"].get("device", "")
     words = (
         f"{device}; {settings['precision']}, ZeRO {settings['zero_stage']}, ranks: {settings['ranks']}, micro batches "
-        f"of {settings['micro_batch']} windows of {settings['seq_len']} tokens, {settings['rounds']} rounds; commit "
+        f"of {settings['micro_batch']} x {settings['seq_len']:,} tokens, {settings['rounds']} rounds; commit "
         f"{profile['machine'].get('commit')}. {pays_off(profile['paper_saving'])}"
     )
     body = f'{html_table(header, rows)}\n<p class="quiet">{html.escape(words)}</p>'

@@ -87,6 +87,7 @@ def test_frozen_inputs_get_no_gradient_and_change_no_other(frozen):
     assert_all_close(run(head(5), inputs, grads, frozen)[1], expected[1], 1e-5, 1e-5)
 
 
+@pytest.mark.slow
 @given(
     linear_layers((torch.float32, torch.bfloat16)), st.integers(0, 5), st.sampled_from((0.0, 0.5, 1.0)),
     st.integers(0, 2**32),
