@@ -234,8 +234,11 @@ def _require_tokenizer(folder: Path) -> None:
 
 
 def _line(checkpoint, score: RollingScore, seq_len: int, stride: int) -> str:
-    windows = f"windows of {seq_len:,} tokens" + (f", stride {stride:,}" if stride < seq_len else "")
-    documents = f"{score.documents:,} document{'s' * (score.documents != 1)}"
+    windows = f"windows of {_count(seq_len, 'token')}" + (f", stride {stride:,}" if stride < seq_len else "")
+    sizes = ", ".join(_count(getattr(score, f"{what}s"), what) for what in ("token", "word", "byte", "document"))
     return (f"{checkpoint}: perplexity {score.token_perplexity:.2f} by token, {score.word_perplexity:.6g} by word, "
-            f"{score.byte_perplexity:.4f} by byte; {score.bits_per_byte:.4f} bits per byte ({score.tokens:,} tokens, "
-            f"{score.words:,} words, {score.bytes:,} bytes, {documents}; {windows})")
+            f"{score.byte_perplexity:.4f} by byte; {score.bits_per_byte:.4f} bits per byte ({sizes}; {windows})")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"

@@ -92,7 +92,11 @@ class ShardCache:
     @classmethod
     def open(cls, folder):
         """Open a cache. Raises `CocomixError` where there is none or its description is damaged."""
-        meta = read_json(Path(folder) / "meta.json", f"the {cls.what} {folder}")
+        path = Path(folder) / "meta.json"
+        try:
+            meta = read_json(path, f"the {cls.what} {folder}")
+        except CocomixError as error:
+            raise CocomixError(f"{error}{'' if path.exists() else '; `cocomix labels` makes it'}") from None
         if meta.get("version") != _VERSION:
             raise CocomixError(f"the {cls.what} {folder} has version {meta.get('version')}, expected {_VERSION}")
         holds = meta.get("holds", "labels")  # which was all that there once was

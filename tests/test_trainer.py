@@ -288,7 +288,7 @@ def strangers(world):
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
-    (["labels.cache=OUT/nowhere"], "label cache .*nowhere is missing"),
+    (["labels.cache=OUT/nowhere"], "label cache .*nowhere is missing.*`cocomix labels` makes it"),
     (["labels.cache=OUT/labels", "data.folder=OUT/data2"], "was made from other token files"),
     (["labels.cache=OUT/labels", "teacher.model=OUT/teacher2"], "was made from another teacher"),
     (["labels.cache=OUT/labels", "teacher.sae=OUT/sae2"], "was made from another SAE"),
