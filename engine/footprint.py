@@ -267,7 +267,8 @@ def _label_pass(shape, teacher, size, setup):
     largest, activations = min(CHUNK_BYTES[device], rows * teacher.n_latents * size), 0
     if teacher.labels_by == "attribution":
         activations = rows * 16 * d * size * (teacher.n_layer - 1 - teacher.layer)
-    if teacher.labels_by == "attribution" or setup.soft_targets == "top":  # the head is read
+    picks_tokens = teacher.soft_targets and setup.soft_targets == "top"
+    if teacher.labels_by == "attribution" or picks_tokens:  # the head is read
         head = size * teacher.vocab_size * d + 2 * _LM_HEAD_BYTES if device == "cuda" else WIDE * teacher.vocab_size * d
         largest = max(head, largest)
     return activations + largest + rows * 9 * d * size

@@ -117,11 +117,12 @@ def test_every_method_trains_alike_on_two_processes(world):
             for name in ("pause", "predict", "distilled whole", "distilled CoCoMix") for zero in (1, 3)}
     world.train_on(2, runs)
     for run in runs:
-        alone = run.split("-on-two")[0]
-        if not (world.folder / f"{alone}-1").exists():
-            assert world.train(f"{alone}-1", *methods[alone]) == 0
+        name = run.split("-on-two")[0]
+        alone = f"{name}-alone"
+        if not (world.folder / alone).exists():  # for both stages
+            assert world.train(alone, *methods[name]) == 0
         for key in ("loss", "ntp_loss"):
-            np.testing.assert_allclose(world.losses(run, key), world.losses(f"{alone}-1", key), rtol=1e-4)
+            np.testing.assert_allclose(world.losses(run, key), world.losses(alone, key), rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["pause", "predict", "distilled cached", "distilled whole"])
@@ -194,8 +195,7 @@ def test_soft_targets_train_alike_from_the_cache_and_online(world):
 
 
 def test_a_distilled_run_goes_on_bit_for_bit(world, monkeypatch):
-    if not (world.folder / "soft-whole").exists():
-        assert world.train("soft-whole", *WHOLE) == 0
+    assert world.train("soft-whole", *WHOLE) == 0
     with monkeypatch.context() as patch:
         stop_at(patch, 7)
         assert world.train("soft-resumed", *WHOLE) == EXIT_RESUME

@@ -263,6 +263,13 @@ def test_what_picks_labels_or_gives_soft_targets_costs_what_it_computes():
     assert both == costs["attribution"] + costs[None]
 
 
+def test_cached_soft_targets_need_no_head_of_the_teacher_that_labels_online():
+    teacher = TeacherShape(768, 12, 5, 50257, 32768, "activation")
+    plain, distilled = (footprint(paper_job().shape, 8, Setup(1, 1, 8, 1, True, soft_targets=soft_targets), teacher)
+                        for soft_targets in (None, "top"))
+    assert distilled.parts["teacher and SAE"] == plain.parts["teacher and SAE"]
+
+
 def test_a_teacher_that_reads_half_of_itself_needs_less_memory():
     def peak(labels_by, device="cuda"):
         teacher = labels_by and TeacherShape(768, 12, 5, 50257, 32768, labels_by)
