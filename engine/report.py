@@ -73,7 +73,9 @@ def _saving_notes(runs: list[Run], names: list[str]) -> list[str]:
             what = f"{found.share:.1%} fewer" if found.share >= 0 else f"{-found.share:.1%} more"
             notes.append(f"{name} reaches a validation loss of {found.loss:.3f} with {what} tokens than {ntp} (a "
                          f"saving between {found.low:.1%} and {found.high:.1%} by the evaluations around it).")
-        elif (lowest := min(e["loss"] for e in run.evaluations)) > baseline.evaluations[0]["loss"]:
+            continue
+        lowest, first = min(e["loss"] for e in run.evaluations), baseline.evaluations[0]["loss"]
+        if lowest > first and len(baseline.evaluations) > 1:  # of a single evaluation there is no more to say
             notes.append(f"{name} comes to a validation loss of {lowest:.3f}, which {ntp} was past at its first "
                          "evaluation.")
     return [*notes, "What other seeds would give is not in these bounds."] if has_bounds else notes

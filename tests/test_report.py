@@ -123,6 +123,9 @@ def test_other_methods_have_titles_and_a_saving_of_their_own(tmp_path):
     assert "pause tokens comes to a validation loss of 6.455, which NTP was past at its first evaluation." in text
     assert text.count("What other seeds would give is not in these bounds.") == 1
     assert "seeds" not in comparison_table([ntp]) + comparison_table([ntp, lagging])
+    once = [load_run(write_run(tmp_path / f"once-{mode}", mode, steps=50, offset=offset))
+            for mode, offset in (("none", 0.0), ("interleave", 1.0))]
+    assert "first evaluation" not in comparison_table(once)
 
 
 @pytest.mark.parametrize("mode, labels, title", [
