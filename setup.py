@@ -16,7 +16,7 @@ CORE = [
 
 EXTRAS = {
     # `cocomix train`: DeepSpeed compiles its CPU optimizer with ninja; runs write TensorBoard files
-    "train": ["deepspeed>=0.19,<0.20", "tensorboard>=2.17", "ninja>=1.11", "setuptools",
+    "train": ["deepspeed>=0.19.8,<0.20", "tensorboard>=2.17", "ninja>=1.11", "setuptools",
               "psutil"],  # the network interface between machines; DeepSpeed needs it too
     "report": ["matplotlib>=3.9"],  # `cocomix report`
     "data": ["datasets>=4.0", "pyarrow>=15"],  # `hf:NAME` sources and Parquet files of `cocomix data`

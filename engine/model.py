@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
 from cocomix.blocks import Block, ResidualProjection
@@ -27,7 +27,7 @@ from cocomix.kernels import (
     linear_distillation,
 )
 from cocomix.methods import MIXING, doubles_sequence, mixes_concepts, predicts_concepts
-from cocomix.positions import attention_masks, prepare_cache, token_positions
+from cocomix.positions import CACHE_NAME, BothCacheNames, attention_masks, given_cache, prepare_cache, token_positions
 
 _NORM_EPS = 1e-5  # added to the standard deviation, after the root
 
@@ -42,7 +42,7 @@ class CoCoMixConfig(PreTrainedConfig):
     """
 
     model_type = "cocomix"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {
         "hidden_size": "n_embd",
         "max_position_embeddings": "n_positions",
@@ -107,29 +107,28 @@ class CoCoMixConfig(PreTrainedConfig):
 
 
 @dataclass
-class CoCoMixModelOutput(ModelOutput):
-    """Output of the blocks; the concept fields are None where no concepts are predicted."""
+class CoCoMixModelOutput(BothCacheNames, BaseModelOutputWithPast):
+    """Output of the blocks: transformers' (`last_hidden_state` [B, T, d], after the final norm; the cache), and the
+    concept fields, which are None where no concepts are predicted."""
 
-    last_hidden_state: torch.Tensor | None = None  # [B, T, d], after the final norm
     concept_loss: torch.Tensor | None = None  # scalar float32, None without concept labels
     concept_values: torch.Tensor | None = None  # [B, T, k] kept concept logits, descending
     concept_indices: torch.Tensor | None = None  # [B, T, k] int64
-    past_key_values: Cache | None = None
 
 
 @dataclass
-class CoCoMixCausalLMOutput(ModelOutput):
-    """Output of `CoCoMixForCausalLM`."""
+class CoCoMixCausalLMOutput(BothCacheNames, CausalLMOutputWithPast):
+    """Output of `CoCoMixForCausalLM`: transformers' (`logits` [B, T, V]; the cache), and what its loss is made of.
 
-    # ntp_loss + concept_loss_weight * concept_loss + distillation_weight * distillation_loss; what has no term is None
-    loss: torch.Tensor | None = None
+    `loss` is ntp_loss + concept_loss_weight * concept_loss + distillation_weight * distillation_loss; what has no term
+    is None.
+    """
+
     ntp_loss: torch.Tensor | None = None  # mean next-token cross-entropy
     concept_loss: torch.Tensor | None = None
     distillation_loss: torch.Tensor | None = None  # KL(teacher || student); with it ntp_loss carries no gradient
-    logits: torch.Tensor | None = None  # [B, T, V]
     concept_values: torch.Tensor | None = None
     concept_indices: torch.Tensor | None = None
-    past_key_values: Cache | None = None
 
 
 class ConceptPredictor(nn.Linear):
@@ -194,7 +193,7 @@ class CoCoMixPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -249,16 +248,18 @@ class CoCoMixModel(CoCoMixPreTrainedModel):
 
     def forward(
         self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None,
-        concept_labels=None, **_,
+        concept_labels=None, cache=None, **_,
     ):
         """input_ids [B, T], concept_labels [B, T, K] (-1: none) -> `CoCoMixModelOutput`.
 
-        `attention_mask` [B, past + T] is 0 at padding. Raises `ValueError` where past + T exceeds n_positions.
+        `attention_mask` [B, past + T] is 0 at padding. `past_key_values` is the older name of `cache`. Raises
+        `ValueError` where past + T exceeds n_positions, or where both names are given.
         """
         config = self.config
-        if use_cache or past_key_values is not None:
-            past_key_values = prepare_cache(past_key_values, config.n_layer, config.doubled_from)
-        n_past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        cache = given_cache(cache, past_key_values)
+        if use_cache or cache is not None:
+            cache = prepare_cache(cache, config.n_layer, config.doubled_from)
+        n_past = 0 if cache is None else cache.get_seq_length()
         self._check_length(n_past + input_ids.shape[1])
         positions = token_positions(input_ids, attention_mask, n_past) if position_ids is None else position_ids
         doubled = config.doubled_from < config.n_layer
@@ -272,12 +273,12 @@ class CoCoMixModel(CoCoMixPreTrainedModel):
             if layer >= config.doubled_from:
                 concept_queries = layer == config.n_layer - 1
                 mask = doubled_mask if doubled_mask is None or not concept_queries else doubled_mask[:, :, 1::2]
-            if self.gradient_checkpointing and self.training and past_key_values is None:
+            if self.gradient_checkpointing and self.training and cache is None:
                 x = self._gradient_checkpointing_func(block, x, mask, None, concept_queries)
             else:
-                x = block(x, mask, past_key_values, concept_queries)
+                x = block(x, mask, cache, concept_queries)
         concepts = concepts or {}
-        return CoCoMixModelOutput(last_hidden_state=self.ln_f(x), past_key_values=past_key_values, **concepts)
+        return CoCoMixModelOutput(last_hidden_state=self.ln_f(x), **{CACHE_NAME: cache}, **concepts)
 
     def _mix(self, hidden, labels):
         """What block `insert_layer` gets for hidden [B, T, d], and what concepts were predicted."""
@@ -316,7 +317,8 @@ class CoCoMixForCausalLM(CoCoMixPreTrainedModel, GenerationMixin):
     def forward(
         self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None, labels=None,
         concept_labels=None, concept_token_count=None, soft_target_ids=None, soft_target_log_probs=None,
-        teacher_hidden=None, teacher_head=None, num_items_in_batch=None, return_logits=None, logits_to_keep=0, **_,
+        teacher_hidden=None, teacher_head=None, num_items_in_batch=None, return_logits=None, logits_to_keep=0,
+        cache=None, **_,
     ):
         """Next-token prediction, concept prediction and distillation.
 
@@ -328,10 +330,11 @@ class CoCoMixForCausalLM(CoCoMixPreTrainedModel, GenerationMixin):
         `num_items_in_batch`, which transformers' Trainer passes, is the number of predicted tokens in all micro batches
         of a step: the losses are then this micro batch's share, by predicted tokens, and add up to those of the step.
         Logits are computed when labels is None or `return_logits`, for the last `logits_to_keep` positions (0: all).
+        `past_key_values` is the older name of `cache`. Raises `ValueError` where both are given.
         """
         use_cache = self.config.use_cache and labels is None if use_cache is None else use_cache
         out = self.transformer(
-            input_ids, attention_mask, position_ids, past_key_values, use_cache, concept_labels
+            input_ids, attention_mask, position_ids, given_cache(cache, past_key_values), use_cache, concept_labels
         )
         hidden, concept_loss = out.last_hidden_state, out.concept_loss
         loss = ntp_loss = distillation_loss = logits = None
@@ -350,7 +353,7 @@ class CoCoMixForCausalLM(CoCoMixPreTrainedModel, GenerationMixin):
         return CoCoMixCausalLMOutput(
             loss=loss, ntp_loss=ntp_loss, concept_loss=concept_loss, distillation_loss=distillation_loss, logits=logits,
             concept_values=out.concept_values, concept_indices=out.concept_indices,
-            past_key_values=out.past_key_values if use_cache else None,
+            **{CACHE_NAME: getattr(out, CACHE_NAME) if use_cache else None},
         )
 
     def _next_token_losses(self, hidden, labels, targets, n_predicted_in_batch=None):

@@ -1,7 +1,30 @@
 """Where a sequence of tokens that goes on keeps its past: caches and masks over tokens and over doubled positions."""
 
+import dataclasses
+
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+# What the installed version of transformers calls the cache in arguments and outputs: "past_key_values" until 5.23,
+# "cache" from 5.24, whose outputs answer to the old name too (until 5.40).
+CACHE_NAME = next(f.name for f in dataclasses.fields(BaseModelOutputWithPast) if f.name in ("cache", "past_key_values"))
+
+
+def given_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache, whichever of its two names it was given by. Raises `ValueError` where both were used."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of the same argument: give one of them")
+    return past_key_values if cache is None else cache
+
+
+class BothCacheNames:
+    """An output whose cache answers to `cache` and to `past_key_values`, whichever the installed transformers has."""
+
+    def __getattr__(self, name):
+        if name in ("cache", "past_key_values") and name != CACHE_NAME:
+            return getattr(self, CACHE_NAME)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
 class DoubledLayer(DynamicLayer):

@@ -7,6 +7,7 @@ from model_helpers import SMALL, batch, golden_model, gradients, small_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, pipeline
 
+from cocomix.positions import CACHE_NAME
 from cocomix.text import train_tokenizer
 
 EVERY_KIND = [("interleave", 0), ("interleave", 1), ("interleave", 2), ("add", 0), ("add", 2), ("predict", 1),
@@ -36,8 +37,8 @@ def test_logits_with_a_cache_are_those_of_the_whole_sequence(mixing, insert_laye
     ids, _ = batch(model.config, length=9)
     whole, cache, pieces = model(ids).logits, None, []
     for part in ids.split(parts, dim=1):
-        out = model(part, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(part, cache=cache, use_cache=True)
+        cache = out.cache
         pieces.append(out.logits)
     assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
 
@@ -123,20 +124,42 @@ def test_a_sequence_beyond_the_context_is_refused_with_the_numbers(mixing, inser
     message = rf"{limit + 1} tokens .* n_positions={limit}"
     with pytest.raises(ValueError, match=message):
         model(ids)
-    cache = model(ids[:, :limit], use_cache=True).past_key_values
+    cache = model(ids[:, :limit], use_cache=True).cache
     with pytest.raises(ValueError, match=message):
-        model(ids[:, :1], past_key_values=cache, use_cache=True)
+        model(ids[:, :1], cache=cache, use_cache=True)
     for use_cache in (True, False):
         with pytest.raises(ValueError, match=message):
             greedy(model, ids[:, :limit - 2], 5, use_cache=use_cache)
 
 
+def test_the_cache_has_two_names_in_arguments_and_outputs():
+    model = small_model()
+    ids, _ = batch(model.config, length=6)
+    whole = model(ids).logits
+    for names in (("cache", "cache"), ("past_key_values", "past_key_values"), ("cache", "past_key_values")):
+        for net in (model, model.transformer):
+            given, returned = names
+            first = net(ids[:, :4], use_cache=True)
+            assert first.cache is first.past_key_values and isinstance(first.cache, DynamicCache)
+            then = net(ids[:, 4:], use_cache=True, **{given: getattr(first, returned)})
+            assert getattr(then, returned).get_seq_length() == 6
+            if net is model:
+                assert_close(then.logits, whole[:, 4:], rtol=1e-4, atol=1e-4)
+    cache = model(ids, use_cache=True).cache
+    for net in (model, model.transformer):
+        with pytest.raises(ValueError, match="cache and past_key_values are two names of the same argument"):
+            net(ids[:, :1], cache=cache, past_key_values=cache)
+    assert first.get("concept_loss") is None
+    with pytest.raises(AttributeError, match="no attribute 'cash'"):
+        _ = first.cash
+
+
 def test_training_returns_no_cache_and_inference_does():
     model = small_model()
     ids, _ = batch(model.config)
-    assert model(ids, labels=ids).past_key_values is None
-    assert model(ids, use_cache=False).past_key_values is None
-    assert model(ids).past_key_values is not None
+    assert model(ids, labels=ids).cache is None
+    assert model(ids, use_cache=False).cache is None
+    assert model(ids).cache is not None
 
 
 # --- everything together: batches of unlike prompts, cached, searched and sampled
@@ -154,8 +177,8 @@ def test_every_row_of_a_padded_batch_has_the_logits_that_it_has_alone_at_every_c
     for step in range(7):
         new = ids if step == 0 else torch.stack([full[row, n + step - 1] for row, n in enumerate(lengths)])[:, None]
         mask = mask if step == 0 else torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1)
-        out = model(new, attention_mask=mask, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(new, attention_mask=mask, cache=cache, use_cache=True)
+        cache = out.cache
         for row, length in enumerate(lengths):
             assert_close(out.logits[row, -1], alone[row][length + step - 1], rtol=1e-4, atol=1e-4)
         assert cache.get_seq_length() == cut + step
@@ -194,10 +217,10 @@ def test_tokens_that_a_draft_got_wrong_leave_the_cache(mixing, insert_layer):
     model = small_model(mixing=mixing, insert_layer=insert_layer, n_positions=40)
     ids = torch.tensor([[3, 4, 5, 3, 4, 6, 3, 4]])
     assert torch.equal(greedy(model, ids, 16, prompt_lookup_num_tokens=3), greedy(model, ids, 16))
-    cache = model(ids, use_cache=True).past_key_values
+    cache = model(ids, use_cache=True).cache
     cache.crop(-3)
     assert cache.get_seq_length() == 5
-    logits = model(ids[:, 5:], past_key_values=cache, use_cache=True).logits
+    logits = model(ids[:, 5:], cache=cache, use_cache=True).logits
     assert_close(logits, model(ids).logits[:, 5:], rtol=1e-4, atol=1e-4)
 
 
@@ -205,7 +228,7 @@ def test_a_cache_of_the_users_is_filled_and_one_of_fixed_size_refused():
     model = small_model()
     ids, _ = batch(model.config, length=4)
     for cache in (DynamicCache(), DynamicCache(config=model.config)):
-        assert torch.equal(greedy(model, ids, 5, past_key_values=cache), greedy(model, ids, 5))
+        assert torch.equal(greedy(model, ids, 5, **{CACHE_NAME: cache}), greedy(model, ids, 5))
         assert cache.get_seq_length() == 8
     with pytest.raises(ValueError, match="a cache with a StaticLayer is not supported: take a DynamicCache"):
         greedy(model, ids, 5, cache_implementation="static")
@@ -218,8 +241,8 @@ def test_a_new_token_costs_the_same_whatever_went_before_but_for_attention(mixin
 
     def products(n_past):
         with torch.no_grad():
-            cache = model(ids[:, :n_past], use_cache=True).past_key_values
-            return sum(trace(lambda: model(ids[:, :1], past_key_values=cache, use_cache=True).logits)[0].values())
+            cache = model(ids[:, :n_past], use_cache=True).cache
+            return sum(trace(lambda: model(ids[:, :1], cache=cache, use_cache=True).logits)[0].values())
 
     with torch.no_grad():
         alone = sum(trace(lambda: model(ids[:, :1], use_cache=False).logits)[0].values())
