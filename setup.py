@@ -1,13 +1,15 @@
-"""Packaging: `engine/` is the package cocomix, `kernels/` is cocomix.kernels. One place for names, versions, extras."""
+"""Packaging: two source roots, engine/cocomix and kernels/cocomix_kernels. One place for names, versions, extras."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
+
+ROOTS = {"cocomix": "engine", "cocomix_kernels": "kernels"}
 
 CORE = [
     "torch>=2.11,<2.14",
     "triton>=3.6; platform_system == 'Linux'",  # comes with PyTorch's CUDA builds, not with its CPU build
     "transformers>=5.17,<6",  # the model is a transformers model; teachers and tokenizers are loaded with it
-    "tokenizers>=0.22",  # trains and runs byte-level BPE on all cores
-    "safetensors>=0.5",  # SAE files that cannot execute code
+    "tokenizers>=0.23.1",  # trains and runs byte-level BPE on all cores
+    "safetensors>=0.8",  # SAE files that cannot execute code
     "numpy>=1.26",
     "omegaconf>=2.3",  # YAML over dataclasses, overrides, interpolation
     "tqdm>=4.66",
@@ -16,8 +18,13 @@ CORE = [
 
 EXTRAS = {
     # `cocomix train`: DeepSpeed compiles its CPU optimizer with ninja; runs write TensorBoard files
-    "train": ["deepspeed>=0.19.8,<0.20", "tensorboard>=2.17", "ninja>=1.11", "setuptools",
-              "psutil"],  # the network interface between machines; DeepSpeed needs it too
+    "train": [
+        "deepspeed>=0.19.8,<0.20",
+        "tensorboard>=2.17",
+        "ninja>=1.11",
+        "setuptools",
+        "psutil",
+    ],  # the network interface between machines; DeepSpeed needs it too
     "report": ["matplotlib>=3.9"],  # `cocomix report`
     "data": ["datasets>=4.0", "pyarrow>=15"],  # `hf:NAME` sources and Parquet files of `cocomix data`
     # `cocomix eval --tasks`; the harness's adapter for transformers models imports accelerate
@@ -29,7 +36,10 @@ EXTRAS = {
 }
 EXTRAS["all"] = EXTRAS["train"] + EXTRAS["report"] + EXTRAS["data"] + EXTRAS["eval"]
 EXTRAS["dev"] = EXTRAS["all"] + [
-    "pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=5", "ruff>=0.9",
+    "pytest>=8",
+    "hypothesis>=6.100",
+    "pytest-benchmark>=5",
+    "ruff>=0.9",
     "pytest-xdist>=3.6",  # interpreted kernels are slow and take one core a process
     "tiktoken>=0.7",  # token files are compared with what it makes of the same merges
 ]
@@ -41,9 +51,10 @@ setup(
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     python_requires=">=3.11,<3.13",
-    packages=["cocomix", "cocomix.kernels", "cocomix.kernels.triton_kernels", "cocomix.cluster_files"],
-    package_dir={"cocomix": "engine", "cocomix.kernels": "kernels", "cocomix.cluster_files": "configs/clusters"},
-    package_data={"cocomix.cluster_files": ["*.yaml"]},  # so that `cocomix plan --cluster h100` works anywhere
+    packages=[package for root in ROOTS.values() for package in find_packages(root)],
+    package_dir={package: f"{root}/{package}" for package, root in ROOTS.items()},
+    # so that `cocomix plan --cluster h100` works anywhere, and type checkers read the annotations
+    package_data={"cocomix.costs": ["cluster_files/*.yaml"], "cocomix": ["py.typed"], "cocomix_kernels": ["py.typed"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["cocomix=cocomix.cli:main"]},

@@ -25,7 +25,7 @@ from harness import (
 )
 from summary import FLOOR, PUBLIC, Target
 
-from cocomix.kernels import concept_attribution
+from cocomix_kernels import concept_attribution
 
 BYTES = "N k d s of decoder rows + N d s of gradients + N k (s_values + 8) + 8 N K; s bytes an element"
 
@@ -45,15 +45,30 @@ def case(setting: Setting, dtype: torch.dtype) -> Case:
     contestants[PUBLIC] = lambda: public(public_way.attribution, shapes.label_topk)
     if setting.compiles(dtype == setting.dtype):
         contestants["compiled"] = lambda: public(
-            torch.compile(public_way.attribution, dynamic=False), shapes.label_topk)
+            torch.compile(public_way.attribution, dynamic=False), shapes.label_topk
+        )
     contestants[FLOOR] = floor
     return Case(
-        "concept_attribution", f"n{shapes.tokens}-d{d}-{str(dtype).removeprefix('torch.')}",
-        {"N": shapes.tokens, "d": d, "C": shapes.concepts, "k": shapes.kept, "K": shapes.label_topk,
-         "dtype": str(dtype)},
-        lambda: make_inputs(setting, dtype), contestants, truth, errors, TOLERANCE[dtype],
-        "bytes at the speed of a large copy, read and written bytes counted", factor,
-        bytes=n_bytes, bytes_formula=BYTES, targets=(Target("triton", FLOOR, 1.5),),
+        "concept_attribution",
+        f"n{shapes.tokens}-d{d}-{str(dtype).removeprefix('torch.')}",
+        {
+            "N": shapes.tokens,
+            "d": d,
+            "C": shapes.concepts,
+            "k": shapes.kept,
+            "K": shapes.label_topk,
+            "dtype": str(dtype),
+        },
+        lambda: make_inputs(setting, dtype),
+        contestants,
+        truth,
+        errors,
+        TOLERANCE[dtype],
+        "bytes at the speed of a large copy, read and written bytes counted",
+        factor,
+        bytes=n_bytes,
+        bytes_formula=BYTES,
+        targets=(Target("triton", FLOOR, 1.5),),
     )
 
 
@@ -71,21 +86,33 @@ def make_inputs(setting: Setting, dtype: torch.dtype) -> SimpleNamespace:
     indices = distinct_indices(n, shapes.concepts, shapes.kept, setting.device)
     grad, decoder = torch.randn(n, d, **options).to(dtype), torch.randn(shapes.concepts, d, **options).to(dtype)
     latents = torch.zeros(n, shapes.concepts, dtype=dtype, **options).scatter_(1, indices, values)
-    return SimpleNamespace(values=values, indices=indices, grad=grad, decoder=decoder, latents=latents,
-                           decoder_columns=decoder.t().contiguous(), label_topk=shapes.label_topk)
+    return SimpleNamespace(
+        values=values,
+        indices=indices,
+        grad=grad,
+        decoder=decoder,
+        latents=latents,
+        decoder_columns=decoder.t().contiguous(),
+        label_topk=shapes.label_topk,
+    )
 
 
 def ours(backend: str, label_topk: int):
     """A step of `concept_attribution` with this backend."""
+
     def step(inputs):
-        return {"labels": concept_attribution(
-            inputs.values, inputs.indices, inputs.grad, inputs.decoder, label_topk, backend=backend)}
+        return {
+            "labels": concept_attribution(
+                inputs.values, inputs.indices, inputs.grad, inputs.decoder, label_topk, backend=backend
+            )
+        }
 
     return step
 
 
 def public(function, label_topk: int):
     """A step of the public code's way."""
+
     @torch.no_grad()
     def step(inputs):
         best, labels = function(inputs.latents, inputs.grad, inputs.decoder_columns, label_topk)

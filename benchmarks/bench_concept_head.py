@@ -28,7 +28,7 @@ from harness import (
 from summary import EXTRA_MEMORY, FLOOR, PUBLIC, Target
 from sweeps import sweep as swept
 
-from cocomix.kernels import concept_head
+from cocomix_kernels import concept_head
 
 MODES = ("loss_values", "loss", "evaluate", "evaluate_loss")
 TRAINING = ("loss_values", "loss")
@@ -58,17 +58,30 @@ def case(setting: Setting, mode: str, d: int, n: int) -> Case:
     contestants[PUBLIC] = lambda: public(public_way.concept_head, mode, shapes.kept)
     if n == shapes.tokens and setting.compiles(d == shapes.widths[0] and mode in COMPILED):
         contestants["compiled"] = lambda: public(
-            torch.compile(public_way.concept_head, dynamic=False), mode, shapes.kept)
+            torch.compile(public_way.concept_head, dynamic=False), mode, shapes.kept
+        )
     contestants[FLOOR] = lambda: bare_products(setting, n, trains)
     full_size = mode == "loss_values" and n == shapes.tokens
     return Case(
-        "concept_head", f"{mode}-n{n}-d{d}",
-        {"N": n, "d": d, "C": shapes.concepts, "k": shapes.kept, "K": shapes.label_topk, "mode": mode,
-         "dtype": str(setting.dtype)},
-        lambda: make_inputs(setting, n, d), contestants,
-        lambda inputs: truth(inputs, mode), lambda *known: errors(*known, mode), TOLERANCE[setting.dtype],
+        "concept_head",
+        f"{mode}-n{n}-d{d}",
+        {
+            "N": n,
+            "d": d,
+            "C": shapes.concepts,
+            "k": shapes.kept,
+            "K": shapes.label_topk,
+            "mode": mode,
+            "dtype": str(setting.dtype),
+        },
+        lambda: make_inputs(setting, n, d),
+        contestants,
+        lambda inputs: truth(inputs, mode),
+        lambda *known: errors(*known, mode),
+        TOLERANCE[setting.dtype],
         "3 products of N*C*d (1 in evaluation), each one library call",
-        flops=2 * products * n * d * shapes.concepts, flops_formula="6 N C d (2 N C d in evaluation)",
+        flops=2 * products * n * d * shapes.concepts,
+        flops_formula="6 N C d (2 N C d in evaluation)",
         targets=targets(d) if full_size else (Target("triton", PUBLIC, 1 / 3),) if mode == "loss_values" else (),
     )
 
@@ -93,6 +106,7 @@ def make_inputs(setting: Setting, n: int, d: int) -> SimpleNamespace:
 
 def ours(backend: str, mode: str, k: int):
     """A step of `concept_head` with this backend."""
+
     def forward(inputs):
         labels = None if mode == "evaluate" else inputs.labels
         return concept_head(inputs.x, inputs.weight, inputs.bias, k, labels, backend=backend)
@@ -103,14 +117,19 @@ def ours(backend: str, mode: str, k: int):
                 values, indices, loss = forward(inputs)
             return present(values=values, indices=indices, loss=loss)
         values, indices, loss = forward(inputs)
-        return present(values=values.detach(), indices=indices, loss=loss.detach(),
-                       **gradients(mode, loss, values, inputs.value_grad, inputs))
+        return present(
+            values=values.detach(),
+            indices=indices,
+            loss=loss.detach(),
+            **gradients(mode, loss, values, inputs.value_grad, inputs),
+        )
 
     return step
 
 
 def public(function, mode: str, k: int):
     """A step of the public code's way, plain or compiled."""
+
     def step(inputs):
         arguments = inputs.x, inputs.weight, inputs.bias, k
         if mode not in TRAINING:
@@ -119,8 +138,12 @@ def public(function, mode: str, k: int):
             return present(masked=masked, indices=indices, loss=loss)
         masked, indices, loss = function(*arguments, inputs.labels)
         cotangent = inputs.value_grad[0, 0].to(masked.dtype).expand_as(masked)
-        return present(masked=masked.detach(), indices=indices, loss=loss.detach(),
-                       **gradients(mode, loss, masked, cotangent, inputs))
+        return present(
+            masked=masked.detach(),
+            indices=indices,
+            loss=loss.detach(),
+            **gradients(mode, loss, masked, cotangent, inputs),
+        )
 
     return step
 

@@ -27,7 +27,7 @@ from harness import (
 from summary import FLOOR, PUBLIC, Target
 from sweeps import sweep as swept
 
-from cocomix.kernels import concept_mix, reference
+from cocomix_kernels import concept_mix, reference
 
 MODES = ("forward", "train", "train_hot")
 FORWARD_BYTES = "N d s of h + N k d s of weight rows + 2 N d s written + 12 N k + 8 N + 2 d s"
@@ -63,13 +63,27 @@ def case(setting: Setting, mode: str, d: int) -> Case:
     contestants[FLOOR] = floor
     target = Target("triton", PUBLIC, 1 / 5) if trains else Target("triton", FLOOR, 1.3)
     return Case(
-        "concept_mix", f"{mode}-b{shapes.batch}-t{shapes.length}-d{d}",
-        {"B": shapes.batch, "T": shapes.length, "d": d, "C": shapes.concepts, "k": shapes.kept, "mode": mode,
-         "dtype": str(setting.dtype)},
-        lambda: make_inputs(setting, d, hot=HOT if mode == "train_hot" else 0), contestants,
-        lambda inputs: truth(inputs, trains), errors, TOLERANCE[setting.dtype],
-        "bytes at the speed of a large copy, read and written bytes counted", factor,
-        bytes=n_bytes, bytes_formula=TRAIN_BYTES if trains else FORWARD_BYTES, targets=(target,),
+        "concept_mix",
+        f"{mode}-b{shapes.batch}-t{shapes.length}-d{d}",
+        {
+            "B": shapes.batch,
+            "T": shapes.length,
+            "d": d,
+            "C": shapes.concepts,
+            "k": shapes.kept,
+            "mode": mode,
+            "dtype": str(setting.dtype),
+        },
+        lambda: make_inputs(setting, d, hot=HOT if mode == "train_hot" else 0),
+        contestants,
+        lambda inputs: truth(inputs, trains),
+        errors,
+        TOLERANCE[setting.dtype],
+        "bytes at the speed of a large copy, read and written bytes counted",
+        factor,
+        bytes=n_bytes,
+        bytes_formula=TRAIN_BYTES if trains else FORWARD_BYTES,
+        targets=(target,),
     )
 
 
@@ -97,10 +111,15 @@ def make_inputs(setting: Setting, d: int, hot: int = 0) -> SimpleNamespace:
     values = floats(*indices.shape, scale=0.3, shift=1.5, dtype=torch.float32)
     tokens = indices.shape[:2]
     inputs = SimpleNamespace(
-        hidden=floats(*tokens, d), values=values, indices=indices, weight=floats(c, d, scale=0.02),
-        bias=floats(d, scale=0.1), pre_bias=floats(d, scale=0.1),
+        hidden=floats(*tokens, d),
+        values=values,
+        indices=indices,
+        weight=floats(c, d, scale=0.02),
+        bias=floats(d, scale=0.1),
+        pre_bias=floats(d, scale=0.1),
         mean=floats(*tokens, 1, scale=0.1, dtype=torch.float32),
-        std=1 + torch.rand(*tokens, 1, device=device), grad=floats(shapes.batch, 2 * shapes.length, d),
+        std=1 + torch.rand(*tokens, 1, device=device),
+        grad=floats(shapes.batch, 2 * shapes.length, d),
         masked=torch.zeros(*tokens, c, dtype=dtype, device=device).scatter_(2, indices, values.to(dtype)),
     )
     inputs.weight_columns = inputs.weight.t().contiguous()
@@ -111,6 +130,7 @@ def make_inputs(setting: Setting, d: int, hot: int = 0) -> SimpleNamespace:
 
 def ours(backend: str, trains: bool):
     """A step of `concept_mix` with this backend."""
+
     def step(inputs):
         wanted = [getattr(inputs, name) for name in WANTED]
         hidden, values, weight, *others = wanted
@@ -123,9 +143,17 @@ def ours(backend: str, trains: bool):
 
 def public(function, trains: bool):
     """A step of the public code's way; its gradients of values and weight are dense, and that of the weight [d, C]."""
+
     def step(inputs):
-        wanted = [inputs.hidden, inputs.masked, inputs.weight_columns, inputs.bias, inputs.pre_bias, inputs.mean,
-                  inputs.std]
+        wanted = [
+            inputs.hidden,
+            inputs.masked,
+            inputs.weight_columns,
+            inputs.bias,
+            inputs.pre_bias,
+            inputs.mean,
+            inputs.std,
+        ]
         with torch.set_grad_enabled(trains):
             mixed = function(*wanted)
         return outputs_of(mixed, wanted, inputs.grad, trains)
@@ -149,8 +177,9 @@ def truth(inputs, trains: bool) -> SimpleNamespace:
     indices = inputs.indices.flatten(0, 1)
     rows = sampled(len(indices), indices.device)
     few = [t[rows][None] for t in (flat["hidden"], flat["values"], indices)]
-    mixed = reference.concept_mix(*few, flat["weight"], flat["bias"], flat["pre_bias"], flat["mean"][rows][None],
-                                  flat["std"][rows][None])
+    mixed = reference.concept_mix(
+        *few, flat["weight"], flat["bias"], flat["pre_bias"], flat["mean"][rows][None], flat["std"][rows][None]
+    )
     known = SimpleNamespace(rows=rows, mixed=mixed.view(len(rows), 2, -1), grads={})
     if trains:
         known.grads = exact_gradients(flat, indices, inputs.grad.unflatten(1, (-1, 2)).flatten(0, 1).to(wide))

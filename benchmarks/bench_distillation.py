@@ -16,7 +16,7 @@ import torch
 from harness import TOLERANCE, WIDER, Case, Setting, distinct_indices, relative_error
 from summary import EXTRA_MEMORY, FLOOR, PUBLIC, Target
 
-from cocomix.kernels import FullTargets, TopTargets, linear_distillation, reference
+from cocomix_kernels import FullTargets, TopTargets, linear_distillation, reference
 
 MODES = ("full", "top")
 VOCABULARY, TINY_VOCABULARY = 50257, 300  # GPT-2's
@@ -29,8 +29,9 @@ def cases(setting: Setting) -> list[Case]:
     """Both modes at every width, in a short run on a CPU at the first; on a GPU again at a quarter of the tokens."""
     tokens, widths = setting.shapes.tokens, setting.shapes.widths
     if not setting.on_gpu:
-        return [case(setting, mode, d, tokens) for d in (widths if setting.size == "full" else widths[:1])
-                for mode in MODES]
+        return [
+            case(setting, mode, d, tokens) for d in (widths if setting.size == "full" else widths[:1]) for mode in MODES
+        ]
     return [case(setting, mode, d, n) for n in (tokens, tokens // 4) for d in widths for mode in MODES]
 
 
@@ -44,12 +45,25 @@ def case(setting: Setting, mode: str, d: int, n: int) -> Case:
     contestants[FLOOR] = lambda: bare_products(setting, mode, n, vocabulary)
     teacher = shapes.teacher_width if mode == "full" else 0
     return Case(
-        "linear_distillation", f"{mode}-n{n}-d{d}",
-        {"N": n, "d": d, "d_t": shapes.teacher_width, "V": vocabulary, "k": shapes.kept, "mode": mode,
-         "dtype": str(setting.dtype)},
-        lambda: make_inputs(setting, mode, n, d, vocabulary), contestants, truth, errors, TOLERANCE[setting.dtype],
+        "linear_distillation",
+        f"{mode}-n{n}-d{d}",
+        {
+            "N": n,
+            "d": d,
+            "d_t": shapes.teacher_width,
+            "V": vocabulary,
+            "k": shapes.kept,
+            "mode": mode,
+            "dtype": str(setting.dtype),
+        },
+        lambda: make_inputs(setting, mode, n, d, vocabulary),
+        contestants,
+        truth,
+        errors,
+        TOLERANCE[setting.dtype],
         "3 products of N*V*d (and one of N*V*d_t in full), each one library call",
-        flops=2 * n * vocabulary * (3 * d + teacher), flops_formula="6 N V d (and 2 N V d_t in full)",
+        flops=2 * n * vocabulary * (3 * d + teacher),
+        flops_formula="6 N V d (and 2 N V d_t in full)",
         targets=(Target(BACKEND, EXTRA_MEMORY, 512),),
     )
 
@@ -68,8 +82,12 @@ def make_inputs(setting: Setting, mode: str, n: int, d: int, vocabulary: int) ->
         shares = torch.cat([2 * torch.randn(n, shapes.kept, **options), torch.ones(n, 1, **options)], 1).log_softmax(1)
         targets = TopTargets(distinct_indices(n, vocabulary, shapes.kept, setting.device), shares[:, :-1].half())
     return SimpleNamespace(
-        x=normal(n, d).requires_grad_(), weight=normal(vocabulary, d, scale=0.02).requires_grad_(),
-        labels=torch.randint(vocabulary, (n,), **options), first=targets[0], second=targets[1], kind=type(targets),
+        x=normal(n, d).requires_grad_(),
+        weight=normal(vocabulary, d, scale=0.02).requires_grad_(),
+        labels=torch.randint(vocabulary, (n,), **options),
+        first=targets[0],
+        second=targets[1],
+        kind=type(targets),
     )
 
 
@@ -91,6 +109,7 @@ PUBLIC_WAY = {"full": _public_full, "top": _public_top}
 
 def contestant(function):
     """A step of `function`: losses, and gradients through the first."""
+
     def step(inputs):
         loss, ntp_loss, kl = function(inputs.x, inputs.weight, inputs.labels, inputs.kind(inputs.first, inputs.second))
         dx, dw = torch.autograd.grad(loss, (inputs.x, inputs.weight))
@@ -123,8 +142,7 @@ def truth(inputs) -> dict[str, torch.Tensor]:
     for rows in (slice(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK)):
         x = inputs.x.detach()[rows].to(wide).requires_grad_()
         second = inputs.second if kind is FullTargets else inputs.second[rows]
-        losses = reference.linear_distillation(
-            x, weight, inputs.labels[rows], kind(inputs.first[rows], second), WEIGHT)
+        losses = reference.linear_distillation(x, weight, inputs.labels[rows], kind(inputs.first[rows], second), WEIGHT)
         share = len(x) / n
         (share * losses.loss).backward()
         dx.append(x.grad)

@@ -20,7 +20,7 @@ from harness import TOLERANCE, WIDER, Case, Setting, product_floor, relative_err
 from summary import FLOOR, PUBLIC, Target
 from sweeps import sweep as swept
 
-from cocomix.kernels import interleaved_attention, reference
+from cocomix_kernels import interleaved_attention, reference
 
 LIBRARIES = ("flash", "cudnn")  # backends for all queries on a GPU, where they are installed
 FORMS = ("concept", "full")
@@ -32,14 +32,19 @@ def cases(setting: Setting) -> list[Case]:
     """Both forms, training and forward alone, for every head size; training first."""
     return [
         case(setting, form, trains, n_heads, size)
-        for trains in (True, False) for n_heads, size in setting.shapes.heads for form in FORMS
+        for trains in (True, False)
+        for n_heads, size in setting.shapes.heads
+        for form in FORMS
     ]
 
 
 def sweep(setting: Setting) -> list[Case]:
     """Training in both forms over the sequence's length, with the first head size."""
-    return [one for form in FORMS
-            for one in swept(setting, "T", lambda at, form=form: case(at, form, True, *at.shapes.heads[0]))]
+    return [
+        one
+        for form in FORMS
+        for one in swept(setting, "T", lambda at, form=form: case(at, form, True, *at.shapes.heads[0]))
+    ]
 
 
 def case(setting: Setting, form: str, trains: bool, n_heads: int, size: int) -> Case:
@@ -53,8 +58,9 @@ def case(setting: Setting, form: str, trains: bool, n_heads: int, size: int) -> 
         contestants |= {name: lambda name=name: ours(name, form, trains) for name in LIBRARIES if setting.on_gpu}
         contestants["chosen"] = lambda: ours(None, form, trains)
     elif trains:
-        contestants |= {f"full_{name}": lambda name=name: ours(name, "full", trains, checked=False)
-                        for name in setting.backends}
+        contestants |= {
+            f"full_{name}": lambda name=name: ours(name, "full", trains, checked=False) for name in setting.backends
+        }
     contestants[PUBLIC] = lambda: public(way, form, trains)
     smallest = (n_heads, size) == shapes.heads[0]
     if form == "concept" and setting.compiles(smallest):
@@ -65,11 +71,24 @@ def case(setting: Setting, form: str, trains: bool, n_heads: int, size: int) -> 
     return Case(
         "interleaved_attention",
         f"{form}-{'train' if trains else 'forward'}-b{shapes.batch}-t{shapes.length}-h{n_heads}-d{size}",
-        {"B": shapes.batch, "T": shapes.length, "H": n_heads, "D": size, "form": form,
-         "mode": "train" if trains else "forward", "dtype": str(setting.dtype)},
-        lambda: make_inputs(setting, n_heads, size), contestants, lambda inputs: truth(inputs, form), errors,
+        {
+            "B": shapes.batch,
+            "T": shapes.length,
+            "H": n_heads,
+            "D": size,
+            "form": form,
+            "mode": "train" if trains else "forward",
+            "dtype": str(setting.dtype),
+        },
+        lambda: make_inputs(setting, n_heads, size),
+        contestants,
+        lambda inputs: truth(inputs, form),
+        errors,
         TOLERANCE[setting.dtype],
-        "FLOPs at the rate of a large square product in the library", factor, flops=flops, flops_formula=FLOPS,
+        "FLOPs at the rate of a large square product in the library",
+        factor,
+        flops=flops,
+        flops_formula=FLOPS,
         targets=targets(form, trains),
     )
 
@@ -106,6 +125,7 @@ def make_inputs(setting: Setting, n_heads: int, size: int) -> SimpleNamespace:
 
 def ours(backend: str | None, form: str, trains: bool, checked: bool = True):
     """A step of `interleaved_attention`: concept queries or all of them."""
+
     def step(inputs):
         q, grad = (inputs.concept_q, inputs.concept_grad) if form == "concept" else (inputs.q, inputs.grad)
         with torch.set_grad_enabled(trains):
@@ -118,6 +138,7 @@ def ours(backend: str | None, form: str, trains: bool, checked: bool = True):
 
 def public(function, form: str, trains: bool):
     """A step of the public code's way, which takes all queries in either form."""
+
     def step(inputs):
         grad = inputs.concept_grad if form == "concept" else inputs.grad
         with torch.set_grad_enabled(trains):

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from machine import Clock, free_cores
 
-from cocomix.config import SaeConfig
-from cocomix.files import write_json
-from cocomix.machine import describe
-from cocomix.sae_training import new_state, train_step
+from cocomix.core.config import SaeConfig
+from cocomix.core.files import write_json
+from cocomix.core.machine import describe
+from cocomix.teacher.sae_training import new_state, train_step
 
 WIDTH, LATENTS, K = 768, 32768, 32
 DEAD = {"no dead latents": 0, "a tenth dead": LATENTS // 10}
@@ -35,16 +35,26 @@ def main(arguments=None) -> dict:
     torch.manual_seed(0)
     x = torch.randn(options.tokens, options.width, device=device)
     ways = {"three products": three_products(x, options.latents)}
-    ways |= {name: training_step(x, options.latents, round(share * options.latents / LATENTS))
-             for name, share in DEAD.items()}
+    ways |= {
+        name: training_step(x, options.latents, round(share * options.latents / LATENTS))
+        for name, share in DEAD.items()
+    }
     times = _rounds(ways, options.rounds, Clock(device))
     ratios = {name: statistics.median(np.divide(times[name], times["three products"])) for name in DEAD}
     print(f"{'':16} {'ms':>8} {'p10':>8} {'p90':>8} {'ratio':>6}   (target {TARGET})")
     for name, seconds in times.items():
         low, middle, high = 1e3 * np.percentile(seconds, (10, 50, 90))
         print(f"{name:16} {middle:8.0f} {low:8.0f} {high:8.0f} {ratios.get(name, 1.0):6.2f}")
-    figures = {"machine": describe(device), "threads": torch.get_num_threads(), "tokens": options.tokens,
-               "width": options.width, "latents": options.latents, "k": K, "seconds": times, "ratios": ratios}
+    figures = {
+        "machine": describe(device),
+        "threads": torch.get_num_threads(),
+        "tokens": options.tokens,
+        "width": options.width,
+        "latents": options.latents,
+        "k": K,
+        "seconds": times,
+        "ratios": ratios,
+    }
     if options.json:
         write_json(options.json, figures)
     return figures

@@ -24,7 +24,7 @@ from harness import (
 from summary import EXTRA_MEMORY, FLOOR, PUBLIC, Target
 from sweeps import sweep as swept
 
-from cocomix.kernels import topk_linear
+from cocomix_kernels import topk_linear
 
 MODES = ("encode", "train")
 CHUNK = 512  # tokens of the truth at a time
@@ -51,11 +51,17 @@ def case(setting: Setting, mode: str, d: int) -> Case:
     contestants[FLOOR] = lambda: bare_product(setting)
     at_teacher_width = mode == "encode" and d == shapes.teacher_width
     return Case(
-        "topk_linear", f"{mode}-n{shapes.tokens}-d{d}",
+        "topk_linear",
+        f"{mode}-n{shapes.tokens}-d{d}",
         {"N": shapes.tokens, "d": d, "C": shapes.concepts, "k": shapes.kept, "mode": mode, "dtype": str(setting.dtype)},
-        lambda: make_inputs(setting, d), contestants, truth, lambda *known: errors(*known, mode),
-        TOLERANCE[setting.dtype], "one product of N*C*d, a single library call",
-        flops=2 * shapes.tokens * d * shapes.concepts, flops_formula="2 N C d (the sparse gradients not counted)",
+        lambda: make_inputs(setting, d),
+        contestants,
+        truth,
+        lambda *known: errors(*known, mode),
+        TOLERANCE[setting.dtype],
+        "one product of N*C*d, a single library call",
+        flops=2 * shapes.tokens * d * shapes.concepts,
+        flops_formula="2 N C d (the sparse gradients not counted)",
         targets=(Target("triton", FLOOR, 1.5), Target("triton", EXTRA_MEMORY, 512)) if at_teacher_width else (),
     )
 
@@ -73,6 +79,7 @@ def make_inputs(setting: Setting, d: int) -> SimpleNamespace:
 
 def ours(backend: str, mode: str, k: int):
     """A step of `topk_linear` with ReLU and this backend."""
+
     def step(inputs):
         with torch.set_grad_enabled(mode == "train"):
             values, indices = topk_linear(inputs.x, inputs.weight, inputs.bias, k, relu=True, backend=backend)
@@ -84,6 +91,7 @@ def ours(backend: str, mode: str, k: int):
 
 def public(function, mode: str, k: int):
     """A step of the public code's way. The gradient of its dense latents is a constant, which costs it no reading."""
+
     def step(inputs):
         with torch.set_grad_enabled(mode == "train"):
             latents = function(inputs.x, inputs.weight, inputs.bias, k)

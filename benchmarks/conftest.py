@@ -20,7 +20,7 @@ import machine  # noqa: E402
 import summary  # noqa: E402
 from harness import Setting, measure  # noqa: E402
 
-from cocomix.machine import describe  # noqa: E402
+from cocomix.core.machine import describe  # noqa: E402
 
 RUN = pytest.StashKey()
 
@@ -137,11 +137,19 @@ def pytest_collect_file(file_path, parent):
 def pytest_generate_tests(metafunc):
     if "contestant" not in metafunc.fixturenames:
         return
-    metafunc.parametrize(("case", "contestant"), [
-        pytest.param(case, name, id=f"{case.name}-{name}", marks=pytest.mark.benchmark(
-            group=f"{case.operation} {case.name}", timer=SHOWN))
-        for case in metafunc.config.stash[RUN].cases(metafunc.module) for name in case.contestants
-    ])
+    metafunc.parametrize(
+        ("case", "contestant"),
+        [
+            pytest.param(
+                case,
+                name,
+                id=f"{case.name}-{name}",
+                marks=pytest.mark.benchmark(group=f"{case.operation} {case.name}", timer=SHOWN),
+            )
+            for case in metafunc.config.stash[RUN].cases(metafunc.module)
+            for name in case.contestants
+        ],
+    )
 
 
 @pytest.fixture

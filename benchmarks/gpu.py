@@ -35,8 +35,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-OPERATIONS = ("concept_head", "topk_linear", "attribution", "concept_mix", "interleaved_attention",
-              "distillation")
+OPERATIONS = ("concept_head", "topk_linear", "attribution", "concept_mix", "interleaved_attention", "distillation")
 SHORTEST = 5.0  # seconds; a part with less is not worth starting
 TAIL = 4000  # characters of a failed part's output that are kept
 NOTHING_SELECTED = 5  # pytest's exit status where no test has the marker
@@ -66,8 +65,10 @@ PARTS = (
     Part(SLOW_TESTS, 60, ("hypothesis", "triton")),
 )
 PROFILE = "profile_"  # and the size: a name in configs/openwebtext
-PROFILES = tuple(Part(PROFILE + size, 100, ("deepspeed", "transformers", "omegaconf", "tokenizers", "safetensors"))
-                 for size in ("69m", "386m", "1.38b"))
+PROFILES = tuple(
+    Part(PROFILE + size, 100, ("deepspeed", "transformers", "omegaconf", "tokenizers", "safetensors"))
+    for size in ("69m", "386m", "1.38b")
+)
 
 
 def main() -> int:
@@ -84,21 +85,30 @@ def main() -> int:
         return 2
     import torch
 
-    from cocomix.machine import COMMIT_VARIABLE, describe
+    from cocomix.core.machine import COMMIT_VARIABLE, describe
 
     on_gpu = torch.cuda.is_available() and not options.cpu
     if not on_gpu and not options.cpu:
-        print("no GPU here: torch.cuda.is_available() is false. The kernel benchmarks run on a CPU with `make bench`; "
-              "--cpu tries this script on tiny shapes.")
+        print(
+            "no GPU here: torch.cuda.is_available() is false. The kernel benchmarks run on a CPU with `make bench`; "
+            "--cpu tries this script on tiny shapes."
+        )
         return 2
     if options.commit:
         os.environ[COMMIT_VARIABLE] = options.commit
     if options.cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # modes of one profile share memory
-    report = {"benchmark": "gpu", **describe(torch.device("cuda:0" if on_gpu else "cpu")), "on_gpu": on_gpu,
-              "time": datetime.now(UTC).isoformat(timespec="seconds"), "minutes": options.minutes, "parts": [],
-              "figures": [], "profiles": {}}
+    report = {
+        "benchmark": "gpu",
+        **describe(torch.device("cuda:0" if on_gpu else "cpu")),
+        "on_gpu": on_gpu,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "minutes": options.minutes,
+        "parts": [],
+        "figures": [],
+        "profiles": {},
+    }
     out = Path(options.out) if options.out else default_file(report)
     parts = [part for part in (*PARTS, *PROFILES) if part.name in options.parts]
     absent = absent_modules({module for part in parts for module in part.needs})
@@ -121,8 +131,11 @@ def parse():
     names, profiles = [part.name for part in PARTS], [part.name for part in PROFILES]
     parser.add_argument("--out", help="the file to write (default: benchmarks/results/DEVICE-DATE-COMMIT.json)")
     parser.add_argument("--minutes", type=float, default=9.0, help="time for everything")
-    parser.add_argument("--parts", type=lambda text: text.split(","),
-                        help=f"some of {','.join(names)}, which run by default, and {','.join(profiles)}")
+    parser.add_argument(
+        "--parts",
+        type=lambda text: text.split(","),
+        help=f"some of {','.join(names)}, which run by default, and {','.join(profiles)}",
+    )
     parser.add_argument("--profiles", action="store_true", help="run the profiles instead of the default parts")
     parser.add_argument("--workers", type=int, default=4, help="processes for the tests, where pytest-xdist is there")
     parser.add_argument("--commit", help="what to record where the code is a copy without its history")
@@ -185,13 +198,27 @@ def command_of(part: Part, limit: float, on_gpu: bool, workers: int, folder: Pat
     if part.name in (TESTS, SLOW_TESTS):
         marker = "slow" if part.name == SLOW_TESTS else "not slow"
         parallel = ["-n", str(workers)] if workers > 1 and on_gpu and not absent_modules(["xdist"]) else []
-        return [*pytest, *parallel, "--tb=short", "-m", marker, "--durations=10",
-                f"--junitxml={folder / 'junit.xml'}", *kernel_tests()]
+        return [
+            *pytest,
+            *parallel,
+            "--tb=short",
+            "-m",
+            marker,
+            "--durations=10",
+            f"--junitxml={folder / 'junit.xml'}",
+            *kernel_tests(),
+        ]
     if part.name.startswith(PROFILE):
         return profile_command(part.name.removeprefix(PROFILE), folder / "profile.json", on_gpu)
     alone = ["-p", "no:xdist"] if not absent_modules(["xdist"]) else []
-    return [*pytest, *alone, str(HERE / f"bench_{part.name}.py"), f"--budget={0.8 * limit - 5:.0f}",
-            f"--figures={folder / 'figures.jsonl'}", *([] if on_gpu else ["--tiny"])]
+    return [
+        *pytest,
+        *alone,
+        str(HERE / f"bench_{part.name}.py"),
+        f"--budget={0.8 * limit - 5:.0f}",
+        f"--figures={folder / 'figures.jsonl'}",
+        *([] if on_gpu else ["--tiny"]),
+    ]
 
 
 def profile_command(size: str, file: Path, on_gpu: bool) -> list[str]:
@@ -259,14 +286,16 @@ def test_results(junit: Path) -> dict:
     bad = [(case, child) for case in cases for child in case if child.tag in ("failure", "error")]
     skipped = sum(case.find("skipped") is not None for case in cases)
     failed = len({id(case) for case, _ in bad})
-    failures = [{"test": f"{case.get('classname')}::{case.get('name')}", "message": (child.text or "")[-TAIL:]}
-                for case, child in bad]
+    failures = [
+        {"test": f"{case.get('classname')}::{case.get('name')}", "message": (child.text or "")[-TAIL:]}
+        for case, child in bad
+    ]
     return {"passed": len(cases) - failed - skipped, "failed": failed, "skipped": skipped, "failures": failures}
 
 
 def write(out: Path, report: dict) -> None:
     """The report, aside and renamed."""
-    from cocomix.files import write_json
+    from cocomix.core.files import write_json
 
     write_json(out, report)
 
@@ -276,8 +305,11 @@ def show(path: Path) -> None:
     from summary import table, title
 
     report = json.loads(path.read_text(encoding="utf-8"))
-    absent = [(title(line), line["contestant"], line["absent"])
-              for record in report["parts"] for line in record.get("left_out", ())]
+    absent = [
+        (title(line), line["contestant"], line["absent"])
+        for record in report["parts"]
+        for line in record.get("left_out", ())
+    ]
     print({key: value for key, value in report.items() if key not in ("parts", "figures", "profiles")})
     print(table(report["figures"], absent))
     show_profiles(report)
@@ -296,8 +328,10 @@ def conclude(report: dict, out: Path) -> None:
     for row in report["figures"]:
         for target in row["targets"]:
             value = "-" if target["value"] is None else f"{target['value']:.3g}"
-            print(f"{row['operation']} {row['case']} {row['contestant']}: {target['target']}: {value}, "
-                  f"{target['verdict']}")
+            print(
+                f"{row['operation']} {row['case']} {row['contestant']}: {target['target']}: {value}, "
+                f"{target['verdict']}"
+            )
     show_profiles(report)
     lines = [line for record in report["parts"] for line in record.get("left_out", ())]
     reasons = {(line["operation"], line["case"], line["absent"]): [] for line in lines}
@@ -309,8 +343,10 @@ def conclude(report: dict, out: Path) -> None:
         if "output_tail" in record:
             print(f"\n--- {record['name']} {record['status']}; the end of its output:\n{record['output_tail'][-1500:]}")
     skipped = [f"{record['name']} ({record['reason']})" for record in report["parts"] if record["status"] == "skipped"]
-    print(f"skipped: {', '.join(skipped) or 'nothing'}\n{len(report['figures'])} figures and {len(report['profiles'])} "
-          f"profiles in {out}")
+    print(
+        f"skipped: {', '.join(skipped) or 'nothing'}\n{len(report['figures'])} figures and {len(report['profiles'])} "
+        f"profiles in {out}"
+    )
 
 
 if __name__ == "__main__":

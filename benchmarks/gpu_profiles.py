@@ -3,30 +3,67 @@
 import sys
 from pathlib import Path
 
-from cocomix.profile_text import describe_profile
+from cocomix.costs.profile_text import describe_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 50257  # GPT-2's
 # Windows to begin with; halved until two students with their optimizers fit beside each other, 20 bytes a weight.
 WINDOWS = {"69m": 32, "386m": 16, "1.38b": 8}
 LARGE_GPU = 100e9  # bytes; below, 1.38B would only fail at first
-TINY = ("model.n_embd=32", "model.n_layer=3", "model.n_head=2", "model.insert_layer=1", "model.concept_dim=64",
-        "model.concept_topk=4", "data.seq_len=16", "train.micro_batch=2", "train.precision=fp32")
+TINY = (
+    "model.n_embd=32",
+    "model.n_layer=3",
+    "model.n_head=2",
+    "model.insert_layer=1",
+    "model.concept_dim=64",
+    "model.concept_topk=4",
+    "data.seq_len=16",
+    "train.micro_batch=2",
+    "train.precision=fp32",
+)
 EFFICIENCY, MEMORY = 0.90, 0.5  # at least, with cached labels; at most, of the public way's peak
-SPEEDUP = {("69m", "public cached"): 5.0, ("69m", "public online"): 3.0, ("1.38b", "public cached"): 1.8,
-           ("1.38b", "public online"): 1.8}  # at least, over the public way
+SPEEDUP = {
+    ("69m", "public cached"): 5.0,
+    ("69m", "public online"): 3.0,
+    ("1.38b", "public cached"): 1.8,
+    ("1.38b", "public online"): 1.8,
+}  # at least, over the public way
 OVER_TRANSFORMERS = 1.0  # NTP here against transformers' GPT-2
 
 
 def command(size: str, file: Path, memory: float | None) -> list[str]:
     """The command line that writes `file`; `memory` is the GPU's, in bytes, None on a CPU, where all is tiny."""
-    start = [sys.executable, "-m", "cocomix", "profile", str(ROOT / "configs" / "openwebtext" / f"{size}.yaml"),
-             "--against", "public", "--against", "transformers", "--json", str(file)]
+    start = [
+        sys.executable,
+        "-m",
+        "cocomix",
+        "profile",
+        str(ROOT / "configs" / "openwebtext" / f"{size}.yaml"),
+        "--against",
+        "public",
+        "--against",
+        "transformers",
+        "--json",
+        str(file),
+    ]
     if memory is None:
         return [*start, *TINY, "--labels", "cached", "--vocab-size", "128", "--rounds", "1"]
     windows = WINDOWS[size] // (2 if size == "1.38b" and memory < LARGE_GPU else 1)
-    return [*start, f"train.micro_batch={windows}", "train.compile=true", "--fit", "--labels", "both",
-            "--random-teacher", "--vocab-size", str(VOCABULARY), "--rounds", "6", "--steps", "3"]
+    return [
+        *start,
+        f"train.micro_batch={windows}",
+        "train.compile=true",
+        "--fit",
+        "--labels",
+        "both",
+        "--random-teacher",
+        "--vocab-size",
+        str(VOCABULARY),
+        "--rounds",
+        "6",
+        "--steps",
+        "3",
+    ]
 
 
 def targets(size: str, found: dict) -> list[tuple[str, float, bool]]:
@@ -47,8 +84,9 @@ def targets(size: str, found: dict) -> list[tuple[str, float, bool]]:
         if least is not None:
             judge(f"tokens/s over {name}", mode["slower"]["median"], least)
         if name != "transformers" and mode["windows"] == modes[mode["of"]]["windows"]:
-            judge(f"peak memory of {name}", modes[mode["of"]]["peak_memory_gib"] / mode["peak_memory_gib"],
-                  at_most=MEMORY)
+            judge(
+                f"peak memory of {name}", modes[mode["of"]]["peak_memory_gib"] / mode["peak_memory_gib"], at_most=MEMORY
+            )
     return judged
 
 

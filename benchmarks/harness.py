@@ -22,7 +22,7 @@ import torch
 from machine import Clock, cache_bytes, rotating_sets, rotation_budget
 from summary import Target
 
-from cocomix.machine import give_memory_back, is_out_of_memory, peak_bytes
+from cocomix.core.machine import give_memory_back, is_out_of_memory, peak_bytes
 
 ROUNDS = {"tiny": (2, 2), "short": (5, 50), "full": (9, 100)}  # fewest and most
 SECONDS = {"tiny": 0.1, "short": 1.5, "full": 6.0}  # that the rounds of a case should take together
@@ -229,6 +229,7 @@ def _admit(case, make, sets, truth, result, setting):
 
 def _returned_bytes(outputs, inputs):
     """Bytes of the storages behind the outputs, each counted once, and not where it is an input's."""
+
     def storages(tensors):
         return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if torch.is_tensor(t)}
 

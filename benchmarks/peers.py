@@ -18,8 +18,8 @@ import public_way
 import torch
 import torch.nn.functional as F
 
-from cocomix.kernels.concept_head import ConceptHead
-from cocomix.model import CoCoMixCausalLMOutput
+from cocomix.model.model import CoCoMixCausalLMOutput
+from cocomix_kernels.concept_head.op import ConceptHead
 
 
 @contextlib.contextmanager
@@ -43,7 +43,11 @@ def public_student(model):
     """A function that returns contexts inside which `model` (a CoCoMix student) trains the public code's way."""
     transformer, config = model.transformer, model.config
     last, head, compress, lm_head = (
-        transformer.h[-1], transformer.concept_predictor, transformer.compress_layer, model.lm_head)
+        transformer.h[-1],
+        transformer.concept_predictor,
+        transformer.compress_layer,
+        model.lm_head,
+    )
 
     def predict(x, k, labels=None):
         return ConceptHead(*public_way.concept_head(x, head.weight, head.bias, k, labels))
@@ -84,9 +88,9 @@ class PublicTeacher:
         with torch.no_grad():
             x = self._sae.normalize(residual.flatten(0, 1))[0] - self._sae.pre_bias
             latents = public_way.sae_encode(
-                x.to(self._sae.W_enc.dtype), self._sae.W_enc, self._sae.latent_bias, self._sae.k)
-            _, labels = public_way.attribution(
-                latents, gradient.flatten(0, 1), self._sae.decoder.t(), self._label_topk)
+                x.to(self._sae.W_enc.dtype), self._sae.W_enc, self._sae.latent_bias, self._sae.k
+            )
+            _, labels = public_way.attribution(latents, gradient.flatten(0, 1), self._sae.decoder.t(), self._label_topk)
         return labels.unflatten(0, input_ids.shape)
 
     def targets(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -95,7 +99,7 @@ class PublicTeacher:
 
     def _residual_and_gradient(self, input_ids):
         """Both [B, T, d], by a backward pass into every weight."""
-        from cocomix.teacher import transformer_blocks
+        from cocomix.teacher.language_model import transformer_blocks
 
         found = []
 
@@ -132,6 +136,7 @@ def transformers_gpt2(model, compiled: bool):
             hidden = hidden_states(input_ids, use_cache=False).last_hidden_state[:, :-1]
             return loss(weight, hidden.flatten(0, 1), input_ids[:, 1:].flatten())
     else:
+
         def next_token_loss(input_ids):
             hidden = gpt2.transformer(input_ids, use_cache=False).last_hidden_state[:, :-1]
             return _loss_of_logits(weight, hidden, input_ids[:, 1:])
@@ -153,10 +158,19 @@ def _shared_gpt2(model):
     ours, weight = model.config, model.lm_head.weight
     flash = weight.is_cuda and weight.dtype == torch.bfloat16 and importlib.util.find_spec("flash_attn") is not None
     config = GPT2Config(
-        n_embd=ours.n_embd, n_layer=ours.n_layer, n_head=ours.n_head, vocab_size=ours.vocab_size,
-        n_positions=ours.n_positions, layer_norm_epsilon=ours.layer_norm_epsilon, resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, bos_token_id=None, eos_token_id=None,
-        attn_implementation="flash_attention_2" if flash else "sdpa")
+        n_embd=ours.n_embd,
+        n_layer=ours.n_layer,
+        n_head=ours.n_head,
+        vocab_size=ours.vocab_size,
+        n_positions=ours.n_positions,
+        layer_norm_epsilon=ours.layer_norm_epsilon,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
+        attn_implementation="flash_attention_2" if flash else "sdpa",
+    )
     with weight.device:
         gpt2 = GPT2LMHeadModel(config)
     gpt2.load_state_dict(model.state_dict(keep_vars=True), assign=True)

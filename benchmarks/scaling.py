@@ -9,8 +9,9 @@ the other dimensions stay as the config says. A dimension ends where memory or d
 that the picture shows how far off the arithmetic is. What it is told and what it assumes is in `ASSUMED`.
 
 Writes scaling.json and scaling_DIMENSION.png into --out. scaling.json: `machine`, `config`, `overrides`, `cluster`
-(`cocomix.clusters.Cluster`), `assumed`, and `dimensions`: by name a list of points with `value`, `measured` (by mode
-`tokens_per_s` and `peak_memory_gib`; `ratio` with its spread) or null with `reason`, and `predicted` (`fits` as well).
+(`cocomix.costs.cluster.Cluster`), `assumed`, and `dimensions`: by name a list of points with `value`, `measured` (by
+mode `tokens_per_s` and `peak_memory_gib`; `ratio` with its spread) or null with `reason`, and `predicted`
+(`fits` as well).
 """
 
 import argparse
@@ -24,18 +25,20 @@ from pathlib import Path
 
 import torch
 
-from cocomix.clusters import Cluster
-from cocomix.config import Config, load_config
-from cocomix.errors import CocomixError
-from cocomix.figures import LINES, FigureEntry, draw
-from cocomix.files import atomic_write, read_json, write_json
-from cocomix.machine import describe, synchronize
-from cocomix.planner import configured, make_job, predict
-from cocomix.profile_inputs import baseline
+from cocomix.core.config import Config, load_config
+from cocomix.core.errors import CocomixError
+from cocomix.core.files import atomic_write, read_json, write_json
+from cocomix.core.machine import describe, synchronize
+from cocomix.costs.cluster import Cluster
+from cocomix.costs.planner import configured, make_job, predict
+from cocomix.costs.profile_inputs import baseline
+from cocomix.report.figures import LINES, FigureEntry, draw
 
 DIMENSIONS = {  # by option: setting, axis
-    "batch": ("train.micro_batch", "windows in a micro batch"), "seq_len": ("data.seq_len", "window length T"),
-    "concepts": ("model.concept_dim", "concepts C"), "ranks": (None, "ranks"),
+    "batch": ("train.micro_batch", "windows in a micro batch"),
+    "seq_len": ("data.seq_len", "window length T"),
+    "concepts": ("model.concept_dim", "concepts C"),
+    "ranks": (None, "ranks"),
 }
 ASSUMED = (
     "Products and attention run at the rate that the first profile found for a large square product, at every shape.",
@@ -107,13 +110,23 @@ def scale(config: Config, options) -> dict:
         last = max(points)
         points |= {last << number: (None, "predicted alone") for number in range(1, options.beyond + 1)}
         dimensions[name] = [
-            {"value": value, "measured": profile and figures(profile), "reason": reason,
-             "predicted": prediction(at(config, name, value), ranks_at(name, value), cluster, vocabulary, device)}
+            {
+                "value": value,
+                "measured": profile and figures(profile),
+                "reason": reason,
+                "predicted": prediction(at(config, name, value), ranks_at(name, value), cluster, vocabulary, device),
+            }
             for value, (profile, reason) in points.items()
         ]
-    return {"kind": "scaling", "machine": describe(device), "config": str(options.config),
-            "overrides": options.overrides, "cluster": dataclasses.asdict(cluster), "assumed": ASSUMED,
-            "dimensions": dimensions}
+    return {
+        "kind": "scaling",
+        "machine": describe(device),
+        "config": str(options.config),
+        "overrides": options.overrides,
+        "cluster": dataclasses.asdict(cluster),
+        "assumed": ASSUMED,
+        "dimensions": dimensions,
+    }
 
 
 # ---- measured
@@ -139,16 +152,36 @@ def run_profile(name: str, value: int, options, config: Config) -> dict | None:
     """The JSON of one `cocomix profile`, None where memory does not suffice."""
     setting, ranks = DIMENSIONS[name][0], ranks_at(name, value)
     batch = value if name == "batch" else config.train.micro_batch
-    overrides = [*options.overrides, *([f"{setting}={value}"] if setting else []),
-                 f"train.global_batch={whole_batch(config, batch, ranks)}"]
+    overrides = [
+        *options.overrides,
+        *([f"{setting}={value}"] if setting else []),
+        f"train.global_batch={whole_batch(config, batch, ranks)}",
+    ]
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     tokens = ["--vocab-size", str(options.vocab_size)] if options.vocab_size else []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "profile.json"
         done = subprocess.run(
-            [sys.executable, *start, "-m", "cocomix", "profile", options.config, *overrides, "--labels", "cached",
-             "--no-breakdown", "--rounds", str(options.rounds), *tokens, "--json", str(file)],
-            capture_output=True, text=True)
+            [
+                sys.executable,
+                *start,
+                "-m",
+                "cocomix",
+                "profile",
+                options.config,
+                *overrides,
+                "--labels",
+                "cached",
+                "--no-breakdown",
+                "--rounds",
+                str(options.rounds),
+                *tokens,
+                "--json",
+                str(file),
+            ],
+            capture_output=True,
+            text=True,
+        )
         if done.returncode == 0:
             return read_json(file, "the profile")
     if NO_MEMORY in done.stderr or done.returncode == -9:  # the system ends what takes the host's memory
@@ -182,19 +215,31 @@ def at(config: Config, name: str, value: int) -> Config:
         section, _, key = DIMENSIONS[name][0].partition(".")
         changes[section][key] = value
     changes["train"]["global_batch"] = whole_batch(
-        config, value if name == "batch" else config.train.micro_batch, ranks_at(name, value))
-    return dataclasses.replace(config, **{
-        section: dataclasses.replace(getattr(config, section), **changed) for section, changed in changes.items()})
+        config, value if name == "batch" else config.train.micro_batch, ranks_at(name, value)
+    )
+    return dataclasses.replace(
+        config,
+        **{section: dataclasses.replace(getattr(config, section), **changed) for section, changed in changes.items()},
+    )
 
 
 def cluster_of(profile: dict, device) -> Cluster:
     """This machine as a cluster of `cocomix plan`."""
     rate = profile["product_flops_per_s"]["median"] / 1e12
-    memory = (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda"
-              else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return Cluster(name="this machine", memory_gb=memory / 1e9, product_tflops=rate, fp32_tflops=rate,
-                   attention_tflops=rate, memory_tb_s=copy_rate(device) / 1e12,
-                   **({} if device.type == "cuda" else {"launch_us": 0.0}))
+    memory = (
+        torch.cuda.get_device_properties(device).total_memory
+        if device.type == "cuda"
+        else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    )
+    return Cluster(
+        name="this machine",
+        memory_gb=memory / 1e9,
+        product_tflops=rate,
+        fp32_tflops=rate,
+        attention_tflops=rate,
+        memory_tb_s=copy_rate(device) / 1e12,
+        **({} if device.type == "cuda" else {"launch_us": 0.0}),
+    )
 
 
 def copy_rate(device) -> float:
@@ -251,8 +296,15 @@ def picture(axis: str, points: list[dict]):
 def _lines(axes, points, value_of, color, marker, label):
     measured = [(point["value"], value_of(point["measured"])) for point in points if point["measured"]]
     predicted = [(point["value"], value_of(point["predicted"])) for point in points]
-    axes.plot(*zip(*predicted, strict=True), color=color, linestyle="--", linewidth=1.1, marker=marker,
-              markerfacecolor="white", label=f"{label}: predicted")
+    axes.plot(
+        *zip(*predicted, strict=True),
+        color=color,
+        linestyle="--",
+        linewidth=1.1,
+        marker=marker,
+        markerfacecolor="white",
+        label=f"{label}: predicted",
+    )
     if measured:
         axes.plot(*zip(*measured, strict=True), color=color, marker=marker, label=f"{label}: measured")
 
@@ -261,8 +313,10 @@ def table(found: dict) -> str:
     """A line for each point: measured / predicted."""
     lines = []
     for name, points in found["dimensions"].items():
-        lines.append(f"{name}: measured / predicted\n{'':>8}{'NTP tokens/s':>24}{'CoCoMix tokens/s':>24}{'ratio':>16}"
-                     f"{'CoCoMix GiB':>18}")
+        lines.append(
+            f"{name}: measured / predicted\n{'':>8}{'NTP tokens/s':>24}{'CoCoMix tokens/s':>24}{'ratio':>16}"
+            f"{'CoCoMix GiB':>18}"
+        )
         for point in points:
             both = point["measured"], point["predicted"]
             cells = [_pair(both, 24, ",.0f", lambda one, mode=mode: one[mode]["tokens_per_s"]) for mode in MODES]

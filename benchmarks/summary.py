@@ -44,12 +44,22 @@ def figures(name: str, case, measured: dict, on_gpu: bool) -> dict:
     own, floor = measured[name], measured.get(FLOOR)
     times = spread([1e3 * t for t in own.times])
     row = {
-        "operation": case.operation, "case": case.name, "contestant": name, "shape": case.shape, "ms": times,
-        "rounds": len(own.times), "flops": case.flops, "flops_formula": case.flops_formula, "bytes": case.bytes,
-        "bytes_formula": case.bytes_formula, "floor_formula": case.floor_formula,
+        "operation": case.operation,
+        "case": case.name,
+        "contestant": name,
+        "shape": case.shape,
+        "ms": times,
+        "rounds": len(own.times),
+        "flops": case.flops,
+        "flops_formula": case.flops_formula,
+        "bytes": case.bytes,
+        "bytes_formula": case.bytes_formula,
+        "floor_formula": case.floor_formula,
         "tflops": case.flops and case.flops / times["median"] / 1e9,
         "gb_per_s": case.bytes and case.bytes / times["median"] / 1e6,
-        "peak_mib": own.peak / 2**20, "extra_mib": own.extra / 2**20, "errors": own.errors,
+        "peak_mib": own.peak / 2**20,
+        "extra_mib": own.extra / 2**20,
+        "errors": own.errors,
         "ratio_to_floor": ratio(own.times, floor.times) if floor else None,
         "speedup_over_public": ratio(measured[PUBLIC].times, own.times) if PUBLIC in measured else None,
     }
@@ -106,9 +116,16 @@ def _cells(row):
     times, floor, faster = row["ms"], row["ratio_to_floor"], row["speedup_over_public"]
     verdicts = [f"{one['target']}: {one['verdict']}" for one in row["targets"]]
     return (
-        row["contestant"], _short(times["median"]), f"{_short(times['p10'])}-{_short(times['p90'])}",
-        _short(row["tflops"]), _short(row["gb_per_s"]), _short(row["peak_mib"]), _short(row["extra_mib"]),
-        _ratio_cell(floor), _ratio_cell(faster), "; ".join(verdicts),
+        row["contestant"],
+        _short(times["median"]),
+        f"{_short(times['p10'])}-{_short(times['p90'])}",
+        _short(row["tflops"]),
+        _short(row["gb_per_s"]),
+        _short(row["peak_mib"]),
+        _short(row["extra_mib"]),
+        _ratio_cell(floor),
+        _ratio_cell(faster),
+        "; ".join(verdicts),
     )
 
 

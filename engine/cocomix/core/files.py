@@ -1,0 +1,183 @@
+"""Files that are whole or absent: everything is written aside, flushed and renamed into place."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path
+
+from cocomix.core.errors import CocomixError
+
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# How safetensors and tokenizers say it, which raise no OSError.
+_FULL_DISK_IN_RUST = re.compile(rf"os error ({'|'.join(map(str, _FULL_DISK))})\b")
+
+
+@contextlib.contextmanager
+def explain_full_disk(path):
+    """Turn "no space left on device" inside the block into a `CocomixError` that names `path`."""
+    try:
+        yield
+    except CocomixError:
+        raise
+    except Exception as error:  # the exceptions of libraries that write files have no common base
+        if not _means_full_disk(error):
+            raise
+        raise CocomixError(
+            f"no room on disk while writing {path}: free some space there or choose another folder, then run "
+            "the same command again; what was complete before is untouched"
+        ) from error
+
+
+def _means_full_disk(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in _FULL_DISK
+    return _FULL_DISK_IN_RUST.search(str(error)) is not None
+
+
+def require_space(path, n_bytes: int) -> None:
+    """Raise `CocomixError` unless the disk that will hold `path` has `n_bytes` bytes free."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise CocomixError(
+            f"no room on disk for {path}: it needs {n_bytes / 2**20:,.0f} MiB and {folder} has "
+            f"{free / 2**20:,.0f} MiB free; free some space or choose another folder"
+        )
+
+
+@contextlib.contextmanager
+def _explain_refusal(path):
+    """Turn whatever else the system objects to while `path` is put in place into a `CocomixError` that names it."""
+    with explain_full_disk(path):
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _FULL_DISK:
+                raise
+            raise CocomixError(
+                f"{path} cannot be written: {error.strerror}; choose another place, or put right what is there"
+            ) from error
+
+
+def _make_room_aside(path: Path) -> Path:
+    """The name under which a file or folder is written before it takes the name `path`.
+
+    The process's number tells whether its writer still lives; processes on other machines may have the same one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{os.getpid()}.part")
+
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """Yield a name beside `path`; the file that the block writes there takes the name `path` when the block ends
+    without an exception. Raises `CocomixError` as `atomic_write` does."""
+    path = Path(path)
+    with _explain_refusal(path):
+        aside = _make_room_aside(path)
+    try:
+        with explain_full_disk(path):
+            yield aside
+            sync_to_disk(aside)
+        with _explain_refusal(path):
+            os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode: str = "wb"):
+    """Open a file that appears under `path` only when the block ends without an exception.
+
+    `mode` is "wb" or "w" (UTF-8). Raises `CocomixError` when the disk is full or the place cannot be written;
+    whatever goes wrong, no partial file stays behind.
+    """
+    with atomic_path(path) as aside:
+        with _explain_refusal(path):
+            file = open(aside, mode, encoding=None if "b" in mode else "utf-8")  # noqa: SIM115  closed below
+        with file:
+            yield file
+
+
+@contextlib.contextmanager
+def atomic_folder(path):
+    """Yield a folder to fill; it takes the place of `path` only when the block ends without an exception.
+
+    Its contents reach the disk before it takes the place; an old folder is deleted only after that. A crash of the
+    machine in between leaves the old one beside it, as `.NAME.old`. Raises `CocomixError` as `atomic_write` does.
+    """
+    given, path = path, Path(os.path.realpath(path))  # a link to a folder elsewhere stays a link
+    with _explain_refusal(given):
+        aside = _make_room_aside(path)
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        aside.mkdir()
+    try:
+        with explain_full_disk(given):
+            yield aside
+        with _explain_refusal(given):
+            for folder, _, files in os.walk(aside):
+                for name in (*files, ""):
+                    sync_to_disk(Path(folder, name))
+            _exchange(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(new: Path, path: Path) -> None:
+    """Put the folder `new` in the place of `path`, which may be there or not."""
+    old = path.with_name(f".{path.name}.old")
+    replaces = path.exists()
+    if replaces:
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(path, old)
+    try:
+        os.replace(new, path)
+    except OSError:
+        if replaces:
+            os.replace(old, path)
+        raise
+    sync_to_disk(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Bring a file's contents or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path, value) -> None:
+    """Write `value` as indented JSON, atomically."""
+    with atomic_write(path, "w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+
+
+def read_json(path, what: str) -> dict:
+    """Read a JSON object. `what` names it in the `CocomixError` that a missing or broken file raises."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CocomixError(f"{what} is missing: there is no {path}") from None
+    except (OSError, ValueError) as error:
+        raise CocomixError(f"{what} cannot be read: {path}: {error}") from None
+    if not isinstance(value, dict):
+        raise CocomixError(f"{what} cannot be read: {path} holds no JSON object")
+    return value
+
+
+def sha256_of_file(path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

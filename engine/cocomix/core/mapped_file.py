@@ -1,0 +1,48 @@
+"""Files of numbers that are far larger than memory, read a window at a time."""
+
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+
+from cocomix.core.errors import CocomixError
+
+_FAULT_AROUND_BYTES = 1 << 16  # Linux maps up to so much of what it has in its cache around a page that is read
+
+
+class MappedFile:
+    """A file of fixed-width numbers, memory-mapped for reading here and there.
+
+    `array` is all of it, flat and read-only. `read` fetches the wanted part from disk in one request and nothing
+    around it (the system, not told, fetches up to megabytes with each), and lets go of the pages afterwards, so
+    the process's resident memory does not grow with what it has read; what the system keeps in its page cache stays
+    there. Raises `CocomixError`, ending in `mend`, unless the file is there with `n_bytes` bytes; `unit` says what the
+    numbers are.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype, n_bytes: int, *, unit: str, mend: str):
+        self._dtype = np.dtype(dtype)
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != n_bytes or size == 0:
+                    width = self._dtype.itemsize
+                    odd = f", an odd number for {width}-byte {unit}" if size % width else ""
+                    raise CocomixError(f"{path} has {size:,} bytes{odd}, expected {n_bytes:,}: {mend}")
+                self._map = mmap.mmap(file.fileno(), n_bytes, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            raise CocomixError(f"there is no {path}: {mend}") from None
+        self.array = np.frombuffer(self._map, self._dtype, n_bytes // self._dtype.itemsize)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """A copy of `count` numbers from number `start` on, int64."""
+        first, last = start * self._dtype.itemsize, (start + count) * self._dtype.itemsize
+        self._advise(mmap.MADV_WILLNEED, first, last, mmap.PAGESIZE)
+        numbers = self.array[start : start + count].astype(np.int64)
+        self._advise(mmap.MADV_DONTNEED, first, last, _FAULT_AROUND_BYTES)
+        return numbers
+
+    def _advise(self, advice: int, first: int, last: int, granularity: int) -> None:
+        first = first // granularity * granularity
+        self._map.madvise(advice, first, min(-(-last // granularity) * granularity, len(self._map)) - first)

@@ -1,0 +1,1 @@
+"""What a run needs and costs: memory, communication and time, predicted and measured."""

@@ -1,0 +1,339 @@
+"""The modes of a profile: students, teacher and competitors in memory together, and the rounds that measure them."""
+
+import contextlib
+import dataclasses
+import gc
+import importlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cocomix.core.config import Config
+from cocomix.core.errors import CocomixError
+from cocomix.core.flops import ideal_ratio, training_flops
+from cocomix.core.machine import ProductRate, give_memory_back, is_out_of_memory, kept_bytes, peak_bytes, synchronize
+from cocomix.core.methods import LABELS, SOFT_TARGETS, method_title, mixes_concepts
+from cocomix.costs.profile_inputs import baseline, build_teachers, open_tokens, random_caches, student_shape
+from cocomix.costs.step_parts import OPTIMIZER, Timeline, marked, marked_updates
+from cocomix.distributed.ranks import Ranks
+from cocomix.teacher.supervision import Supervision, teacher_shape
+from cocomix.training.deepspeed_engine import build_engine
+from cocomix.training.train_step import TrainStep, build_student, training_batches
+
+NTP, CACHED, ONLINE = "ntp", "cached", "online"  # the baseline, and the student by where its labels come from
+ALONE = "alone"  # a student that needs nothing but tokens
+PUBLIC, TRANSFORMERS = "public", "transformers"  # what --against takes
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_ENDLESS = 10**15  # training tokens: a profile ends when its rounds do
+_WARM_UP = {"cpu": 0, "cuda": 3}  # further steps, after the first and the one whose memory is taken
+_TRACED_STEPS = 2
+DEFAULT_ROUNDS, DEFAULT_STEPS = {"cpu": 5, "cuda": 10}, {"cpu": 1, "cuda": 5}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured, beside the config."""
+
+    labels: tuple[str, ...] | None = None  # of CACHED and ONLINE; None: both where there is a teacher
+    against: tuple[str, ...] = ()  # of PUBLIC and TRANSFORMERS
+    rounds: int | None = None  # None: by device
+    steps: int | None = None  # of a mode in a round; None: by device
+    accumulation: int = 1  # micro batches in a step
+    fit: bool = False  # halve the micro batch until it fits
+    random_teacher: bool = False
+    vocab_size: int | None = None
+    breakdown: bool = True
+
+
+@dataclass
+class Student:
+    """An engine and what it keeps in memory after its first step, bytes."""
+
+    engine: Any
+    kept_bytes: int = 0
+
+
+@dataclass
+class Mode:
+    """One way to train, ready to step; what was measured of it."""
+
+    name: str
+    title: str  # for people
+    student: Student
+    train_step: TrainStep
+    batches: Iterator[dict]
+    windows: int  # in a micro batch of one rank
+    flops_per_token: int
+    ideal_ratio: float
+    of: str | None = None  # the mode that it competes with
+    way: Callable = contextlib.nullcontext  # inside this context the engine computes as a competitor does
+    has_parts: bool = True
+    seconds: list[float] = field(default_factory=list)  # of a step, by round
+    update_seconds: list[float] = field(default_factory=list)  # of them, those of the optimizer, by round
+    parts: list[dict] = field(default_factory=list)  # seconds of a step by part, by round
+    peak_bytes: int = 0
+
+    def step(self) -> None:
+        """One optimizer step."""
+        with self.way():
+            self.train_step(self.batches)
+
+
+class Profile:
+    """Students, teacher and modes of one profile. Building it takes every mode's first step and its peak memory.
+
+    `windows` maps a competitor's name to the windows of its micro batches, where those of the config do not fit it.
+    Raises `OutOfMemory` where a mode does not fit.
+    """
+
+    def __init__(self, config: Config, options: Options, ranks: Ranks, windows: dict[str, int] | None = None):
+        if config.model.mixing == "none" and not config.learns_from:
+            raise CocomixError(
+                "model.mixing is none and distillation.weight is 0, which leaves nothing to compare: "
+                "pass --mixing interleave, or set distillation.weight"
+            )
+        self.config, self.options, self.ranks = _endless(config, options, ranks.world), options, ranks
+        self.training_accumulation = max(1, config.train.global_batch // (config.train.micro_batch * ranks.world))
+        self.rounds = options.rounds or DEFAULT_ROUNDS[ranks.device.type]
+        self.steps = options.steps or DEFAULT_STEPS[ranks.device.type]
+        self.split, self.vocab_size = open_tokens(config, options.vocab_size)
+        self.shape = student_shape(self.config, self.vocab_size)
+        self.kinds = self._kinds()
+        self.peers = _load_peers(options, config) if options.against else None
+        self.teachers, self.teacher_bytes, self.modes = {}, 0, {}
+        self._product = ProductRate(ranks.device, _DTYPES[config.train.precision])  # now: later nothing may be free
+        self.rates: list[float] = []
+        self._windows = windows or {}
+        gc.collect()
+        gc.freeze()  # what is there now need not be looked through each time that memory is counted
+        try:
+            self._build()
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            gc.unfreeze()
+
+    def _kinds(self):
+        config, wanted = self.config, self.config.learns_from
+        if not wanted:
+            if self.options.labels:
+                raise CocomixError(
+                    f"the method ({method_title(config.model.mixing)}) learns from no teacher: leave out --labels"
+                )
+            return (ALONE,)
+        of_labels = LABELS not in wanted or config.teacher.sae
+        has_teacher = self.options.random_teacher or bool(config.teacher.model and of_labels)
+        is_possible = {CACHED: SOFT_TARGETS not in wanted or config.distillation.top_k, ONLINE: has_teacher}
+        kinds = self.options.labels or tuple(kind for kind in (CACHED, ONLINE) if is_possible[kind])
+        if not kinds or (ONLINE in kinds and not has_teacher):
+            raise CocomixError(
+                f"online {wanted[0]} need a teacher: set teacher.model{' and teacher.sae' * (LABELS in wanted)}, or "
+                f"pass --random-teacher{', or profile --labels cached alone' * bool(is_possible[CACHED])}"
+            )
+        return kinds
+
+    # Building
+
+    def _build(self):
+        device = self.ranks.device
+        if ONLINE in self.kinds:
+            self.teacher_bytes, self.teachers = kept_bytes(
+                lambda: build_teachers(self.config, device, self.vocab_size, self.options.random_teacher), device
+            )
+        ntp = self._student(NTP, baseline(self.config))
+        self._add(NTP, method_title("none"), ntp, NTP)
+        mixed = self._student(self.kinds[0], self.config)
+        for kind in self.kinds:
+            self._add(kind, self._title(kind), mixed, kind)
+        if TRANSFORMERS in self.options.against:
+            way = self.peers.transformers_gpt2(ntp.engine.module, self.config.train.compile)
+            self._add(TRANSFORMERS, "transformers GPT-2", ntp, NTP, of=NTP, way=way, has_parts=False)
+        if PUBLIC in self.options.against:
+            for kind in self.kinds:
+                teachers = {LABELS: self.peers.PublicTeacher(self.teachers[LABELS])} if kind == ONLINE else None
+                self._add(
+                    f"{PUBLIC} {kind}",
+                    f"public way, {kind} labels",
+                    mixed,
+                    kind,
+                    of=kind,
+                    way=self.peers.public_student(mixed.engine.module),
+                    teachers=teachers,
+                )
+        for mode in self.modes.values():
+            self._first_steps(mode)
+
+    def _title(self, kind):
+        sources = " and ".join(map(self.config.title_of, self.config.learns_from))
+        method = method_title(self.config.model.mixing, SOFT_TARGETS in self.config.learns_from)
+        return method if kind == ALONE else f"{method}, {kind} {sources}"
+
+    def _student(self, name, config):
+        def build():
+            with torch.device(self.ranks.device):
+                model = build_student(config, self.vocab_size)
+            return Student(build_engine(model, config, self.ranks.device, self.ranks.world))
+
+        kept, student = self._fitting(name, kept_bytes, build)
+        student.kept_bytes = kept
+        return student
+
+    def _add(self, name, title, student, kind, teachers=None, **more):
+        config, windows = self.config, self._windows.get(name, self.config.train.micro_batch)
+        shape = dataclasses.replace(self.shape, mixing="none") if kind == NTP else self.shape
+        supervision = Supervision(
+            random_caches(config, self.vocab_size) if kind == CACHED else None,
+            (teachers or self.teachers) if kind == ONLINE else None,
+        )
+        of_teacher = teacher_shape(self.teachers) if kind == ONLINE else None
+        batches = training_batches(config, self.split, supervision, self.ranks)
+        if windows < config.train.micro_batch:
+            batches = ({key: value[:windows] for key, value in batch.items()} for batch in batches)
+        self.modes[name] = Mode(
+            name,
+            title,
+            student,
+            TrainStep(student.engine, supervision, self.ranks),
+            batches,
+            windows,
+            training_flops(shape, of_teacher),
+            ideal_ratio(shape, of_teacher),
+            **more,
+        )
+
+    def _first_steps(self, mode):
+        """The first step, which allocates what stays and compiles; the peak of the second; then a few more."""
+        kept, _ = self._fitting(mode.name, kept_bytes, mode.step)
+        if not any(other.peak_bytes for other in self.modes.values() if other.student is mode.student):
+            mode.student.kept_bytes += kept
+        peak, _ = self._fitting(mode.name, peak_bytes, mode.step)
+        teacher_bytes = self.teacher_bytes if mode.train_step.supervision.teachers else 0
+        mode.peak_bytes = mode.student.kept_bytes + teacher_bytes + peak
+        for _ in range(_WARM_UP[self.ranks.device.type]):
+            mode.step()
+
+    def _fitting(self, name, measure, function):
+        try:
+            return measure(function, self.ranks.device)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        raise OutOfMemory(name)  # here, where no traceback holds the tensors of the failed call
+
+    def close(self) -> None:
+        """Release engines, teacher and memory."""
+        for engine in {id(mode.student): mode.student.engine for mode in self.modes.values()}.values():
+            engine.destroy()
+        self.modes.clear()
+        self.teachers = {}
+        torch.compiler.reset()  # a graph of another batch size would make the next one dynamic
+        give_memory_back(self.ranks.device)
+
+    # Measuring
+
+    def measure(self) -> None:
+        """The rounds: the product's rate, all modes in turn as in training, and all modes in turn with marks.
+
+        So each follows another mode, plain and with marks alike. Every other round goes backwards.
+        """
+        for number in range(self.rounds):
+            self.rates.append(self._product.measure())
+            modes = list(self.modes.values())[:: -1 if number % 2 else 1]
+            for mode in modes:
+                self._time(mode)
+            for mode in modes:
+                if self.options.breakdown and mode.has_parts:
+                    mode.parts.append(self._marked(mode))
+
+    def _time(self, mode):
+        """Seconds of a step; the host waits for the device at the ends of the round's steps alone."""
+        timeline = Timeline(self.ranks.device)
+        self.ranks.barrier()
+        synchronize(self.ranks.device)
+        with marked_updates(mode.train_step, timeline):
+            start = time.perf_counter()
+            timeline.start()
+            for _ in range(self.steps):
+                mode.step()
+            timeline.finish()
+            synchronize(self.ranks.device)
+            seconds = time.perf_counter() - start
+        mode.seconds.append(seconds / self.steps)
+        mode.update_seconds.append(timeline.seconds()[OPTIMIZER] / self.steps)
+
+    def _marked(self, mode):
+        """Seconds of a step by part."""
+        timeline = Timeline(self.ranks.device)
+        self.ranks.barrier()
+        synchronize(self.ranks.device)
+        with marked(mode.train_step, timeline):
+            timeline.start()
+            for _ in range(self.steps):
+                mode.step()
+            timeline.finish()
+        return {part: seconds / self.steps for part, seconds in timeline.seconds().items()}
+
+    def trace(self, folder) -> list[Path]:
+        """Write a trace of two steps of each mode, `FOLDER/MODE.json.gz`, for Perfetto or chrome://tracing; returns
+        the files. Parts are ranges in it, by name."""
+        from cocomix.costs.profile_trace import traced
+
+        files = []
+        for mode in self.modes.values():
+            path = Path(folder) / f"{mode.name.replace(' ', '-')}.json.gz"
+            with traced(path if self.ranks.is_first else None, self.ranks.device):
+                timeline = Timeline(self.ranks.device, named=True)
+                with marked(mode.train_step, timeline):
+                    timeline.start()
+                    for _ in range(_TRACED_STEPS):
+                        mode.step()
+                    timeline.finish()
+            files.append(path)
+        return files
+
+
+class OutOfMemory(Exception):
+    """Mode `name` does not fit into the device's memory; `is_ours`: it is no competitor."""
+
+    def __init__(self, name: str):
+        super().__init__(f"{name} does not fit")
+        self.name, self.is_ours = name, name in (NTP, CACHED, ONLINE, ALONE)
+
+
+def _endless(config, options, world):
+    train = dataclasses.replace(
+        config.train, tokens=_ENDLESS, global_batch=config.train.micro_batch * options.accumulation * world
+    )
+    return dataclasses.replace(config, train=train)
+
+
+def _load_peers(options, config):
+    """benchmarks/peers.py of the checkout that this package runs from."""
+    folder = Path(__file__).resolve().parents[3] / "benchmarks"
+    if not (folder / "peers.py").is_file():
+        raise CocomixError(
+            f"--against needs the programs in benchmarks/, which are not part of the installed package: there is no "
+            f"{folder}; run it from a checkout, installed with pip install -e ."
+        )
+    has_public_form = mixes_concepts(config.model.mixing) and config.learns_from == (LABELS,)
+    if PUBLIC in options.against and not (has_public_form and config.teacher.labels_by == "attribution"):
+        raise CocomixError(
+            "--against public needs model.mixing=interleave or add, labels by attribution and no "
+            "distillation: the public code knows nothing else"
+        )
+    if TRANSFORMERS in options.against and config.train.zero_stage == 3:
+        raise CocomixError(
+            "--against transformers needs train.zero_stage 0, 1 or 2: stage 3 splits the weights under "
+            "the modules of our own model"
+        )
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module("peers")
+    finally:
+        sys.path.remove(str(folder))

@@ -1,0 +1,1 @@
+"""Text -> tokens: sources, tokenizers, token files, and windows in their order."""

@@ -1,0 +1,228 @@
+"""`cocomix data`: text -> tokenizer and token files."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from cocomix.core.config import DataConfig
+from cocomix.core.errors import CocomixError
+from cocomix.core.files import atomic_folder, atomic_write, require_space, sha256_of_file, write_json
+from cocomix.data.sources import Source, open_sources
+from cocomix.data.text import (
+    TOKEN_DTYPE,
+    Piece,
+    load_tokenizer,
+    pieces,
+    require_text,
+    tokenize,
+    train_tokenizer,
+    vocab_size_of,
+)
+from cocomix.data.token_files import FORMAT, SPLITS, TokenFiles, scan
+
+_TOKENIZER_ROOM_BYTES = 32 << 20
+
+
+def prepare(config: DataConfig) -> "TokenFiles":
+    """Make `config.folder`: train.bin, val.bin, tokenizer/ and, last, meta.json.
+
+    Does nothing but say so when the folder was made from the same text and settings. Raises `CocomixError` when it was
+    made from others, and for missing, empty or unreadable text, an unsuitable tokenizer and a full disk.
+    """
+    folder = Path(config.folder)
+    sources = open_sources(config)
+    made_from = {"settings": _settings(config), "sources": [source.fingerprint() for source in sources]}
+    if (folder / "meta.json").exists():
+        files = TokenFiles.open(folder)
+        _require_same(files, made_from)
+        sizes = [f"{files.split(name).n_tokens:,} {name}" for name in SPLITS]
+        print(f"{folder} is up to date: {' and '.join(sizes)} tokens")
+        return files
+    for source in sources:
+        require_text(source)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CocomixError(f"data.folder: {folder} cannot be made: {error}") from None
+    _remove_leftovers(folder)
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else _train_tokenizer(config, sources)
+    vocab_size = vocab_size_of(tokenizer)
+    splits = _write_token_files(folder, config, sources, tokenizer)
+    for source in sources:
+        if source.ended_with:
+            print(f"{source.name} ends with {source.ended_with}, all of which is in it")
+    _save_tokenizer(tokenizer, config.tokenizer, folder / "tokenizer")
+    write_json(
+        folder / "meta.json",
+        {
+            "format": FORMAT,
+            "dtype": "uint16",
+            "vocab_size": vocab_size,
+            "eot_id": tokenizer.eos_token_id,
+            "splits": splits,
+            "val_unigram_perplexity": _unigram_perplexity(folder, splits, vocab_size),
+            **made_from,
+        },
+    )
+    return TokenFiles.open(folder)
+
+
+def _settings(config: DataConfig) -> dict:
+    names = ("text", "text_key", "tokenizer", "max_tokens", "val_fraction")
+    settings = {name: getattr(config, name) for name in names}
+    settings["text"] = list(config.text)
+    if config.tokenizer is None:
+        return {**settings, "vocab_size": config.vocab_size}
+    file = Path(config.tokenizer, "tokenizer.json")
+    return {**settings, "tokenizer_sha256": sha256_of_file(file) if file.is_file() else None}
+
+
+def _require_same(files: "TokenFiles", made_from: dict) -> None:
+    was, now = files.meta["settings"], made_from["settings"]
+    changes = [
+        f"data.{name} was {was.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted({*was, *now})
+        if was.get(name) != now.get(name)
+    ]
+    if was.get("text") == now["text"]:
+        for old, new in zip(files.meta["sources"], made_from["sources"], strict=False):
+            if old != new:
+                changes.append(f"the text changed: {_size(old)} then, {_size(new)} now (sizes, names and times count)")
+    if changes:
+        raise CocomixError(
+            f"{files.folder} was made from something else: {'; '.join(changes)}. Set data.folder to another folder, or "
+            f"delete {files.folder} to make it anew"
+        )
+
+
+def _size(fingerprint: dict) -> str:
+    if "files" not in fingerprint:
+        return fingerprint["source"]
+    return f"{fingerprint['source']} with {fingerprint['files']:,} files of {fingerprint['bytes']:,} bytes"
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Delete what a killed run of this program left half-written, and nothing that a living one is writing."""
+    for part in folder.glob(".*.part"):
+        pid = part.name.split(".")[-2]
+        if pid == str(os.getpid()) or (pid.isdecimal() and not _is_running(int(pid))):
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _train_tokenizer(config: DataConfig, sources: list[Source]):
+    side = Splitter(config.val_fraction)
+    with _progress(sources, "tokenizer") as progress:
+        return train_tokenizer(
+            (piece.text for piece in _shown(pieces(sources), progress) if side(piece) == "train"), config.vocab_size
+        )
+
+
+def _save_tokenizer(tokenizer, origin: str | None, folder: Path) -> None:
+    if origin is not None and Path(origin).resolve() == folder.resolve():
+        return
+    require_space(folder, _TOKENIZER_ROOM_BYTES)  # the tokenizer's own writer does not raise OSError on a full disk
+    with atomic_folder(folder) as aside:
+        tokenizer.save_pretrained(aside)
+
+
+class Splitter:
+    """Sends documents to "train" or "val" as they stream by.
+
+    A document validates where validation holds less than its share of the text before it, so the share is kept from
+    the first documents on, however long they are; the first one trains. A pure function of the documents before.
+    """
+
+    def __init__(self, val_fraction: float):
+        self._fraction, self._document, self._side = val_fraction, -1, "train"
+        self._chars = dict.fromkeys(SPLITS, 0)
+
+    def __call__(self, piece: Piece) -> str:
+        """The side of a piece's document; pieces come in order."""
+        if piece.document != self._document:
+            self._document = piece.document
+            self._side = "val" if self._chars["val"] < self._fraction * sum(self._chars.values()) else "train"
+        self._chars[self._side] += len(piece.text)
+        return self._side
+
+
+@contextlib.contextmanager
+def _progress(sources: list[Source], what: str):
+    sizes = [source.plain_bytes for source in sources]
+    total = None if None in sizes else sum(sizes)
+    with tqdm(desc=what, total=total, unit="B", unit_scale=True) as progress:
+        yield progress
+
+
+def _shown(stream: Iterable[Piece], progress) -> Iterator[Piece]:
+    for piece in stream:
+        yield piece
+        progress.update(len(piece.text.encode()))
+
+
+def _write_token_files(folder: Path, config: DataConfig, sources: list[Source], tokenizer) -> dict:
+    side = Splitter(config.val_fraction)
+    counts = {name: {"tokens": 0, "documents": 0, "text_bytes": 0} for name in SPLITS}
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(atomic_write(folder / f"{name}.bin")) for name in SPLITS}
+        progress = stack.enter_context(_progress(sources, "tokens"))
+        for piece, ids in tokenize(_shown(pieces(sources), progress), tokenizer, config.processes):
+            name = side(piece)
+            files[name].write(ids.tobytes())
+            count = counts[name]
+            count["tokens"] += len(ids)
+            count["documents"] += piece.last
+            count["text_bytes"] += len(piece.text.encode())
+            total = sum(count["tokens"] for count in counts.values())
+            progress.set_postfix_str(f"{total / 1e6:.1f}M tokens", refresh=False)
+            if piece.last and 0 < config.max_tokens <= total and counts["val"]["documents"]:
+                break
+        if counts["val"]["documents"] == 0:
+            _share_one_document(files, counts, config.val_fraction)
+    return {
+        name: {"file": f"{name}.bin", **counts[name], "sha256": sha256_of_file(folder / f"{name}.bin")}
+        for name in SPLITS
+    }
+
+
+def _share_one_document(files: dict, counts: dict, val_fraction: float) -> None:
+    """Move the tail of the only document from the training to the validation file; bytes go with the tokens."""
+    train, val = counts["train"], counts["val"]
+    total = train["tokens"]
+    kept = min(max(round(total * (1 - val_fraction)), 1), total - 1)
+    files["train"].flush()
+    for tokens in scan(files["train"].name, kept):
+        files["val"].write(tokens.tobytes())
+    files["train"].truncate(kept * TOKEN_DTYPE.itemsize)
+    val_bytes = round(train["text_bytes"] * (total - kept) / total)
+    val.update(tokens=total - kept, documents=1, text_bytes=val_bytes)
+    train.update(tokens=kept, text_bytes=train["text_bytes"] - val_bytes)
+
+
+def _unigram_perplexity(folder: Path, splits: dict, vocab_size: int) -> float:
+    """Perplexity of the validation tokens under the training tokens' frequencies (each id counted once more): what a
+    model reaches that knows frequencies and nothing else."""
+    train, val = (_frequencies(folder / splits[name]["file"], vocab_size) for name in SPLITS)
+    log_p = np.log((train + 1) / (train.sum() + vocab_size))
+    return float(np.exp(-(val * log_p).sum() / val.sum()))
+
+
+def _frequencies(path: Path, vocab_size: int) -> np.ndarray:
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for tokens in scan(path):
+        counts += np.bincount(tokens, minlength=vocab_size)
+    return counts

@@ -1,0 +1,214 @@
+"""Text -> token ids: documents in pieces of bounded length, tokenizers, and tokenizing on all cores."""
+
+import multiprocessing
+import os
+import re
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import NamedTuple
+
+import numpy as np
+
+from cocomix.core.errors import CocomixError
+from cocomix.data.sources import Source
+
+END_OF_TEXT = "<|endoftext|>"
+PIECE_CHARS = 1 << 17
+TOKEN_DTYPE = np.dtype("<u2")
+_MAX_VOCAB = 1 << 16
+_MIN_BPE_VOCAB = 257  # 256 bytes and the end-of-text token
+_BATCH_CHARS = 1 << 21
+_THREADS_AHEAD = 2  # batches in the tokenizer at a time, so that its own threads have work while one of them ends
+# A GPT-2 style pre-tokenizer splits at both places whatever surrounds them, so a cut there changes no token.
+_LINE_END = re.compile(r"(?<=\S\n)(?=\S)")
+_WORD_END = re.compile(r"(?<=\S)(?= \S)")
+_CUT_SEARCH_CHARS = 1 << 14
+
+
+class Piece(NamedTuple):
+    """A stretch of at most `PIECE_CHARS` characters of document number `document` (0-based over all sources)."""
+
+    document: int
+    text: str
+    last: bool  # it ends its document
+
+
+def require_text(source: Source) -> None:
+    """Raise `CocomixError` unless the source, or each part of a mixture, yields at least one document; reads no further
+    than that one."""
+    for part in source.parts:
+        require_text(part)
+    if next(pieces([source]), None) is None:
+        raise CocomixError(f"{source.name}: there is no text in it (only empty or binary files or records)")
+
+
+def pieces(sources: Iterable[Source]) -> Iterator[Piece]:
+    """Stream all documents in order. Documents of nothing but white space are left out and not numbered."""
+    document = 0
+    for source in sources:
+        for strings in source.documents():
+            held = None
+            for text in _cut(strings):
+                if held is not None:
+                    yield Piece(document, held, last=False)
+                held = text
+            if held is not None:
+                yield Piece(document, held, last=True)
+                document += 1
+
+
+def _cut(strings: Iterable[str]) -> Iterator[str]:
+    rest, first = "", True
+    for string in strings:
+        for start in range(0, len(string), PIECE_CHARS):
+            rest += string[start : start + PIECE_CHARS]
+            while len(rest) > PIECE_CHARS:
+                end = _cut_position(rest)
+                yield _without_lone_surrogates(rest[:end])
+                rest, first = rest[end:], False
+    if not first or rest.strip():
+        yield _without_lone_surrogates(rest)
+
+
+def _cut_position(text: str) -> int:
+    start = max(1, PIECE_CHARS - _CUT_SEARCH_CHARS)
+    for boundary in (_LINE_END, _WORD_END):
+        ends = [match.start() for match in boundary.finditer(text, start, PIECE_CHARS)]
+        if ends:
+            return ends[-1]
+    return PIECE_CHARS
+
+
+def _without_lone_surrogates(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can spell half a surrogate pair; UTF-8 cannot
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int):
+    """Train a byte-level BPE with `<|endoftext|>` as id 0; a transformers tokenizer.
+
+    It has fewer than `vocab_size` ids when the text offers no more merges. Raises `CocomixError` for a `vocab_size`
+    that does not hold every byte.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < _MIN_BPE_VOCAB:
+        raise CocomixError(f"data.vocab_size is {vocab_size}; a byte-level BPE has at least {_MIN_BPE_VOCAB} ids")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+
+
+def load_tokenizer(name: str):
+    """The transformers tokenizer of a folder or hub name. Raises `CocomixError` when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # transformers, the hub client and tokenizers have no common base exception
+        raise CocomixError(f"the tokenizer {name} cannot be loaded: {error}") from error
+
+
+def vocab_size_of(tokenizer) -> int:
+    """Highest id plus one. Raises `CocomixError` for a tokenizer that cannot make token files."""
+    where = f"the tokenizer {tokenizer.name_or_path}"
+    if not tokenizer.is_fast:
+        raise CocomixError(f"{where} has no fast version (tokenizer.json): choose a tokenizer that has one")
+    if tokenizer.eos_token_id is None:
+        raise CocomixError(f"{where} has no end-of-text token: set its eos_token, or choose another tokenizer")
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    if vocab_size > _MAX_VOCAB:
+        raise CocomixError(f"{where} has {vocab_size} ids: token files hold uint16, which is at most {_MAX_VOCAB} ids")
+    return vocab_size
+
+
+def tokenize(stream: Iterable[Piece], tokenizer, processes: int = 1) -> Iterator[tuple[Piece, np.ndarray]]:
+    """Token ids (uint16) of every piece, in order, the end-of-text token included where a document ends.
+
+    Pieces of one document are encoded apart. They end where GPT-2 style tokenizers split anyway; a tokenizer that
+    puts a space before every text puts one before every piece. One process uses all cores through the tokenizer's own
+    threads; more share the cores, which is faster where there are many. Raises `CocomixError` where one of them dies.
+    """
+    ahead = deque()
+    try:
+        with _workers(tokenizer, processes) as workers:
+            for batch in _batches(stream):
+                ahead.append((batch, workers.submit(_encode, [piece.text for piece in batch])))
+                if len(ahead) > max(_THREADS_AHEAD, processes + 1):
+                    yield from _finished(*ahead.popleft(), tokenizer.eos_token_id)
+            while ahead:
+                yield from _finished(*ahead.popleft(), tokenizer.eos_token_id)
+    except BrokenProcessPool:
+        raise CocomixError(
+            f"one of the {processes} processes that tokenize has died, perhaps for want of memory: lower data.processes"
+        ) from None
+
+
+def _finished(batch: list[Piece], encoded: Future, eot_id: int) -> Iterator[tuple[Piece, np.ndarray]]:
+    for piece, ids in zip(batch, encoded.result(), strict=True):
+        yield piece, np.append(ids, TOKEN_DTYPE.type(eot_id)) if piece.last else ids
+
+
+_worker = threading.local()  # a thread's, or a process's, own encoder
+
+
+def _workers(tokenizer, processes: int) -> Executor:
+    serialized = tokenizer.backend_tokenizer.to_str()
+    if processes == 1:  # the tokenizer lets go of the interpreter while it works
+        return ThreadPoolExecutor(_THREADS_AHEAD, initializer=_start_worker, initargs=(serialized,))
+    return ProcessPoolExecutor(
+        processes,
+        multiprocessing.get_context("spawn"),
+        initializer=_start_process,
+        initargs=(serialized, max(1, len(os.sched_getaffinity(0)) // processes)),
+    )
+
+
+def _start_process(serialized: str, threads: int) -> None:
+    os.environ["RAYON_NUM_THREADS"] = str(threads)  # the tokenizer's
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one ends the others
+    _start_worker(serialized)
+
+
+def _start_worker(serialized: str) -> None:
+    from tokenizers import Tokenizer
+
+    encoder = Tokenizer.from_str(serialized)
+    encoder.encode_special_tokens = True  # "<|endoftext|>" inside a text is text
+    encoder.no_truncation()
+    encoder.no_padding()
+    _worker.encoder = encoder
+
+
+def _encode(texts: list[str]) -> list[np.ndarray]:
+    encodings = _worker.encoder.encode_batch_fast(texts, add_special_tokens=False)
+    return [np.array(encoding.ids, dtype=TOKEN_DTYPE) for encoding in encodings]
+
+
+def _batches(stream: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch, chars = [], 0
+    for piece in stream:
+        batch.append(piece)
+        chars += len(piece.text)
+        if chars >= _BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,167 @@
+"""Checkpoints of a run: the training state in pieces, written while training goes on, never taken for whole when half.
+
+RUN/checkpoints/step-00000100/ holds trainer.json, model/ (the model's config and tokenizer) and state/ (one file a
+rank, see `training_state`). Every file is written aside and renamed, and a checkpoint is complete when it has
+trainer.json and the files of all ranks: no pointer can name a wrong one, and no rank waits for another to finish.
+"""
+
+import secrets
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+
+from cocomix.core.errors import CocomixError
+from cocomix.core.files import explain_full_disk, read_json, write_json
+from cocomix.distributed.background_write import BackgroundWriter, failure
+from cocomix.distributed.ranks import Ranks
+from cocomix.distributed.training_state import adam_steps, load_pieces, publish_weights, state_file_name, state_to_save
+
+_VERSION = 3
+
+
+def checkpoints_folder(run) -> Path:
+    """Where a run keeps its checkpoints."""
+    return Path(run) / "checkpoints"
+
+
+def latest_checkpoint(run) -> Path | None:
+    """The newest complete checkpoint of a run, None where there is none."""
+    return next(iter(_complete_checkpoints(run)), None)
+
+
+def _complete_checkpoints(run) -> list[Path]:
+    """Newest first."""
+    folders = sorted(checkpoints_folder(run).glob("step-*"), reverse=True)
+    return [folder for folder in folders if _is_complete(folder)]
+
+
+def _is_complete(folder: Path) -> bool:
+    if not (folder / "trainer.json").exists():
+        return False
+    world = _trainer_json(folder).get("world_size", 0)
+    files = {file.name for file in (folder / "state").glob("*.safetensors")}
+    return files.issuperset(state_file_name(rank, world) for rank in range(world))
+
+
+def _trainer_json(checkpoint: Path) -> dict:
+    return read_json(checkpoint / "trainer.json", "the checkpoint's training state")
+
+
+class CheckpointWriter:
+    """Saves of one run, one at a time. The training step waits for a copy to host memory alone.
+
+    All ranks call each method together. `describe_model` writes what belongs into model/ and may take its time.
+    """
+
+    def __init__(self, run, keep: int, describe_model: Callable[[Path], None], ranks: Ranks):
+        self._run, self._keep, self._describe_model, self._ranks = Path(run), keep, describe_model, ranks
+        self._writer = BackgroundWriter(ranks)
+        self._folder = self._written = None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank's last file could not be written."""
+        return self._written is not None and self._written.done() and self._written.exception() is not None
+
+    def begin(self, engine, step: int, trainer_state: dict) -> None:
+        """Copy the state of step `step`, and write it while training goes on. `trainer_state` holds JSON values.
+
+        Waits for the last save first and raises what `finish` raises.
+        """
+        self.finish()
+        ranks = self._ranks
+        self._folder = folder = checkpoints_folder(self._run) / f"step-{step:08d}"
+        if ranks.is_first:
+            shutil.rmtree(folder, ignore_errors=True)  # what was left of a save that died
+        save_id = ranks.from_first(secrets.token_hex(8))
+        description = {
+            "version": _VERSION,
+            "save_id": save_id,
+            "world_size": ranks.world,
+            "step": step,
+            "adam_steps": adam_steps(engine),
+            "skipped_steps": engine.skipped_steps,
+            "schedule_steps": engine.lr_scheduler.last_epoch,
+            **trainer_state,
+        }
+
+        def before() -> None:
+            if ranks.is_first:
+                with explain_full_disk(folder):
+                    self._describe_model(folder / "model")
+                write_json(folder / "trainer.json", description)
+
+        path = folder / "state" / state_file_name(ranks.rank, ranks.world)
+        try:
+            self._written = self._writer.write(state_to_save(engine, ranks), path, {"save_id": save_id}, before)
+        except Exception as error:  # the other ranks are told in `finish`
+            self._written = Future()
+            self._written.set_exception(error)
+
+    def finish(self) -> Path | None:
+        """Wait until the save that was begun is complete on all ranks, and thin out the older ones.
+
+        Returns its folder, None where nothing was begun. Raises `CocomixError` on all ranks where one could not write,
+        for example on a full disk: the older checkpoints are untouched then.
+        """
+        if self._written is None:
+            return None
+        error, folder = failure(self._written), self._folder
+        self._written = self._folder = None
+        message = self._ranks.first_of(None if error is None else _in_words(error, folder))
+        if message is None:
+            if self._ranks.is_first:
+                self._thin_out()
+            return folder
+        if self._ranks.is_first:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise CocomixError(message)
+
+    def _thin_out(self) -> None:
+        """Delete all but the newest complete checkpoints, and what was begun but never finished."""
+        kept = _complete_checkpoints(self._run)[: self._keep]
+        for folder in checkpoints_folder(self._run).glob("step-*"):
+            if folder not in kept:
+                (folder / "trainer.json").unlink(missing_ok=True)  # first, so that none is ever complete and gutted
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _in_words(error: BaseException, folder: Path) -> str:
+    if isinstance(error, CocomixError):
+        return str(error)
+    return f"{folder} could not be written: {type(error).__name__}: {error}"
+
+
+def read_trainer_state(checkpoint: Path) -> dict:
+    """What a save wrote into trainer.json. Raises `CocomixError` where this version cannot go on from it."""
+    state = _trainer_json(checkpoint)
+    if state.get("version") != _VERSION:
+        raise CocomixError(f"{checkpoint} was written by another version of cocomix: go on with that one")
+    return state
+
+
+def load_checkpoint(engine, checkpoint: Path, ranks: Ranks) -> None:
+    """Bring a fresh engine to a checkpoint's state (all ranks call this), whatever ranks and stage it was saved with.
+
+    Raises `CocomixError` on all ranks where a file is missing, damaged or of another save.
+    """
+    state, problem = read_trainer_state(checkpoint), None
+    try:
+        load_pieces(engine, checkpoint / "state", state["save_id"], state["world_size"], state["adam_steps"], ranks)
+    except CocomixError as error:  # on this rank alone
+        problem = str(error)
+    problem = ranks.first_of(problem)
+    if problem is not None:
+        raise CocomixError(f"{checkpoint} cannot be loaded: {problem}. Move it away to go on from the one before it")
+    publish_weights(engine)
+    engine.global_steps, engine.skipped_steps = state["step"], state["skipped_steps"]
+    set_schedule(engine.lr_scheduler, state["schedule_steps"])
+
+
+def set_schedule(schedule, steps: int) -> None:
+    """Go to where the schedule stands after `steps` steps; the rates come from the config, not from the checkpoint."""
+    rates = [peak * factor(steps) for peak, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule.last_epoch, schedule._last_lr = steps, rates

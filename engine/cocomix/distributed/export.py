@@ -1,0 +1,209 @@
+"""`cocomix export`: a checkpoint of any ZeRO stage as a transformers folder, without the GPUs that made it."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+from cocomix.core.errors import CocomixError
+from cocomix.core.files import atomic_folder, read_json, require_space
+from cocomix.distributed.checkpoint import latest_checkpoint, read_trainer_state
+from cocomix.distributed.training_state import read_weights
+
+_INDEX = "model.safetensors.index.json"
+
+
+def find_model(path) -> Path:
+    """The folder that `path` means: itself (a transformers folder or a checkpoint), the finished model of a run, or
+    its latest checkpoint. Raises `CocomixError` where there is no model."""
+    path = Path(path)
+    if is_checkpoint(path):
+        return path
+    for candidate in (path, path / "model"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    latest = latest_checkpoint(path)
+    if latest is None:
+        raise CocomixError(
+            f"{path} holds no model: expected a transformers folder, a checkpoint, or the folder of a "
+            "run that has saved"
+        )
+    return latest
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint of a run, whose weights lie in pieces."""
+    return (folder / "trainer.json").is_file()
+
+
+def description_folder(folder: Path) -> Path:
+    """Where config and tokenizer of what `find_model` found lie."""
+    return folder / "model" if is_checkpoint(folder) else folder
+
+
+def load_model(path):
+    """The model of a run, a checkpoint or a transformers folder, in float32, frozen and in evaluation mode.
+
+    Raises `CocomixError` where there is none, and where its files are damaged or incomplete.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from cocomix.model.pretrained import load_language_model
+
+    folder = find_model(path)
+    if not is_checkpoint(folder):
+        return load_language_model(folder)
+    weights = _weights_of_checkpoint(folder)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder / "model"))
+    model.load_state_dict(weights, strict=False)  # a tied weight is there once; the rest has been checked
+    return model.requires_grad_(False).eval()
+
+
+def export(source, out, dtype: str = "fp32") -> Path:
+    """Write the model of a run, a checkpoint or a transformers folder to `out`, its weights cast to `dtype` ("fp32" or
+    "bf16"), with config and tokenizer; returns `out`.
+
+    The weights of a checkpoint are put together from the pieces of all ranks. They are checked against the shapes that
+    the config asks for, written aside and renamed. Raises `CocomixError` where `out` exists, where there is no model,
+    and where its files are damaged or incomplete.
+    """
+    out = Path(out)
+    if out.exists() or out.is_symlink():
+        raise CocomixError(f"{out} exists already: name a folder that does not")
+    folder = find_model(source)
+    (export_checkpoint if is_checkpoint(folder) else _copy)(folder, out, dtype)
+    return out
+
+
+def export_checkpoint(checkpoint: Path, out: Path, dtype: str = "fp32") -> None:
+    """Write a checkpoint's model to `out`, in the place of what may be there. Raises as `export` does."""
+    weights = _weights_of_checkpoint(checkpoint)
+    require_space(out, sum(tensor.nbytes for tensor in weights.values()) // (2 if dtype == "bf16" else 1))
+    with atomic_folder(out) as aside:
+        _copy_description(checkpoint / "model", aside, dtype, but=())
+        _save(weights, aside / "model.safetensors", dtype, {"format": "pt"}, where=checkpoint)
+
+
+def _copy(folder: Path, out: Path, dtype: str) -> None:
+    """A transformers folder, file by file: no more than one is in memory."""
+    files = _weight_files(folder)
+    _check_shapes(folder, _stored_shapes(files), *_expected_shapes(folder))
+    require_space(out, sum(file.stat().st_size for file in files) // (2 if dtype == "bf16" else 1))
+    with atomic_folder(out) as aside:
+        _copy_description(folder, aside, dtype, but=files)
+        written = sum(_cast(file, aside / file.name, dtype) for file in files)
+        if (folder / _INDEX).exists():
+            _write_index(folder, aside, written)
+
+
+def _copy_description(folder, aside, dtype, but):
+    for entry in sorted(folder.iterdir()):
+        if entry.is_file() and entry not in but and entry.name not in ("config.json", _INDEX):
+            shutil.copyfile(entry, aside / entry.name)
+    config = read_json(folder / "config.json", "the model's config")
+    config.pop("torch_dtype", None)
+    config["dtype"] = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
+    (aside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _weights_of_checkpoint(checkpoint):
+    """Weights by name, float32, in their shapes."""
+    state = read_trainer_state(checkpoint)
+    flat = read_weights(checkpoint / "state", state["save_id"], state["world_size"])
+    expected, tied = _expected_shapes(checkpoint / "model")
+    sizes = {name: math.prod(shape) for name, shape in expected.items()}
+    shapes = {
+        name: expected[name] if tensor.numel() == sizes.get(name) else tuple(tensor.shape)
+        for name, tensor in flat.items()
+    }
+    _check_shapes(checkpoint, shapes, expected, tied)
+    return {name: tensor.view(shapes[name]) for name, tensor in flat.items()}
+
+
+def _weight_files(folder):
+    """The model's safetensors files. Raises `CocomixError` where one is missing."""
+    if (folder / _INDEX).exists():
+        names = read_json(folder / _INDEX, "the index of the model's weights").get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise CocomixError(f"{folder / _INDEX} names no weights")
+        files = [folder / name for name in sorted(set(names.values()))]
+    else:
+        files = [folder / "model.safetensors"]
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise CocomixError(f"{folder} holds no whole model: {missing[0].name} is missing")
+    return files
+
+
+def _stored_shapes(files):
+    found = {}
+    for file in files:
+        with _opened(file) as weights:
+            found |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    return found
+
+
+def _check_shapes(where, found, expected, tied):
+    """Raise `CocomixError` unless these are exactly the weights that the config asks for."""
+    for name, shape in expected.items():
+        if name not in found and name not in tied:
+            raise CocomixError(f"{where} is incomplete: {name} is missing from its weights")
+        if name in found and found[name] != shape:
+            raise CocomixError(
+                f"{where} does not fit its config: {name} has shape {list(found[name])} and should have {list(shape)}"
+            )
+    foreign = sorted(set(found) - set(expected))
+    if foreign:
+        raise CocomixError(f"{where} does not fit its config: it has no place for {foreign[0]}")
+
+
+def _expected_shapes(folder):
+    """Shapes by name, and the names that another one stands for; from a model without memory."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CocomixError(f"{folder / 'config.json'} describes no causal language model: {reason}") from None
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return shapes, set(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def _opened(file):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:
+        raise CocomixError(f"{file} cannot be read: {error}") from None
+
+
+def _cast(file, target, dtype) -> int:
+    """Write one file of weights in another precision; returns the bytes of its tensors."""
+    with _opened(file) as weights:
+        tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+        metadata = weights.metadata() or {"format": "pt"}
+    return _save(tensors, target, dtype, metadata, where=file)
+
+
+def _save(tensors, target, dtype, metadata, where) -> int:
+    import torch
+    from safetensors.torch import save_file
+
+    wanted = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        raise CocomixError(f"{where} holds numbers that are not finite, in {broken[0]}: export an earlier checkpoint")
+    tensors = {name: tensor.to(wanted) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    save_file(tensors, target, metadata=metadata)
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _write_index(folder, aside, written):
+    index = read_json(folder / _INDEX, "the index of the model's weights")
+    index["metadata"] = {**index.get("metadata", {}), "total_size": written}
+    (aside / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,57 @@
+"""Validation perplexity of checkpoints: `cocomix eval CHECKPOINT...`."""
+
+from pathlib import Path
+
+from cocomix.core.errors import CocomixError
+from cocomix.core.files import read_json
+from cocomix.data.text import load_tokenizer
+from cocomix.training.validation import perplexity, validation_loss
+
+
+def evaluate_checkpoint(checkpoint, data=None, seq_len: int | None = None, batch: int = 8, windows: int = 0) -> float:
+    """`cocomix eval`: print and return the validation perplexity of a checkpoint.
+
+    `checkpoint` is a transformers folder, a checkpoint or a run; `data` a folder of token files, by default the one
+    that the run was trained on. Raises `CocomixError` where model, data and window length do not fit.
+    """
+    from cocomix.data.token_files import TokenFiles
+    from cocomix.distributed.export import description_folder, find_model, load_model
+    from cocomix.distributed.ranks import own_device
+    from cocomix.teacher.supervision import require_vocabulary
+
+    if batch < 1 or windows < 0:
+        raise CocomixError(f"--batch is {batch} and --windows {windows}: expected at least 1 and at least 0 (all)")
+    device = own_device()
+    folder = find_model(checkpoint)
+    tokens = TokenFiles.open(data or _data_of_run(checkpoint))
+    _require_tokenizer(description_folder(folder), tokens)
+    model = load_model(folder).to(device)
+    require_vocabulary(model, tokens)
+    context = model.config.max_position_embeddings
+    seq_len = context if seq_len is None else seq_len
+    if not 2 <= seq_len <= context:
+        raise CocomixError(f"--seq-len is {seq_len}: this model takes windows of 2 to {context} tokens")
+    total, count = validation_loss(model, tokens.split("val"), seq_len, batch, device, max_windows=windows)
+    loss = float(total) / count
+    print(
+        f"{checkpoint}: validation loss {loss:.4f} nats, perplexity {perplexity(loss):.2f} "
+        f"({count:,} predictions in windows of {seq_len} tokens)"
+    )
+    return perplexity(loss)
+
+
+def _require_tokenizer(folder: Path, tokens) -> None:
+    if not (folder / "tokenizer.json").is_file():
+        return
+    if load_tokenizer(str(folder)).get_vocab() != tokens.tokenizer().get_vocab():
+        raise CocomixError(
+            f"{folder} was trained with another tokenizer than the token files in {tokens.folder}: name token files "
+            f"with --data that were made with data.tokenizer={folder}"
+        )
+
+
+def _data_of_run(checkpoint) -> str:
+    for folder in (Path(checkpoint), *Path(checkpoint).absolute().parents):
+        if (folder / "run.json").is_file():
+            return read_json(folder / "run.json", "the run's description")["config"]["data"]["folder"]
+    raise CocomixError(f"{checkpoint} does not lie in the folder of a run: name the token files with --data FOLDER")

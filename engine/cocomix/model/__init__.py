@@ -1,0 +1,1 @@
+"""The student: its configuration, blocks, caches, and checkpoints of others."""

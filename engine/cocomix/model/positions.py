@@ -1,0 +1,93 @@
+"""Where a sequence of tokens that goes on keeps its past: caches and masks over tokens and over doubled positions."""
+
+import dataclasses
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+# What the installed version of transformers calls the cache in arguments and outputs: "past_key_values" until 5.23,
+# "cache" from 5.24, whose outputs answer to the old name too (until 5.40).
+CACHE_NAME = next(f.name for f in dataclasses.fields(BaseModelOutputWithPast) if f.name in ("cache", "past_key_values"))
+
+
+def given_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache, whichever of its two names it was given by. Raises `ValueError` where both were used."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of the same argument: give one of them")
+    return past_key_values if cache is None else cache
+
+
+class BothCacheNames:
+    """An output whose cache answers to `cache` and to `past_key_values`, whichever the installed transformers has."""
+
+    def __getattr__(self, name):
+        if name in ("cache", "past_key_values") and name != CACHE_NAME:
+            return getattr(self, CACHE_NAME)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+class DoubledLayer(DynamicLayer):
+    """Keys and values of a block that sees two positions a token; its lengths count tokens, as all lengths do that
+    transformers asks for."""
+
+    def get_seq_length(self) -> int:
+        """Tokens that the layer holds."""
+        return super().get_seq_length() // 2
+
+    def crop(self, tokens: int) -> None:
+        """Forget the last -`tokens` tokens, or (> 0, as older versions of transformers call it) all but the first."""
+        if self.is_initialized:
+            kept = tokens if tokens > 0 else self.get_seq_length() + tokens
+            self.keys, self.values = self.keys[..., : 2 * kept, :], self.values[..., : 2 * kept, :]
+
+
+def prepare_cache(cache: Cache | None, n_layer: int, doubled_from: int) -> Cache:
+    """A cache whose layers from `doubled_from` on hold two positions a token: a new one, or `cache` if it is still
+    empty or already so. Raises `ValueError` for a cache that does not simply grow."""
+    cache = DynamicCache() if cache is None else cache
+    cache.layers.extend(DynamicLayer() for _ in range(n_layer - len(cache.layers)))
+    for index, layer in enumerate(cache.layers):
+        if type(layer) not in (DynamicLayer, DoubledLayer):
+            raise ValueError(
+                f"a cache with a {type(layer).__name__} is not supported: take a DynamicCache, which "
+                "generate() does by default"
+            )
+        if index >= doubled_from and type(layer) is DynamicLayer:
+            cache.layers[index] = DoubledLayer()
+    return cache
+
+
+def token_positions(input_ids, attention_mask, n_past: int):
+    """Position of each token [B, T] (or [T], without padding) in its text: padding [B, past + T] does not count."""
+    end = n_past + input_ids.shape[1]
+    if attention_mask is not None and attention_mask.dim() == 2:
+        return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, n_past:end]
+    return torch.arange(n_past, end, device=input_ids.device)
+
+
+def attention_masks(input_ids, attention_mask, n_past: int, doubled: bool):
+    """Explicit masks over tokens and over the doubled sequence; None where plain causal attention will do.
+
+    input_ids [B, T], attention_mask [B, past + T], 0 at padding -> bool [B or 1, 1, T, past + T] and, where `doubled`,
+    [B or 1, 1, 2T, 2 (past + T)], True where attended.
+    """
+    padded = attention_mask is not None and not bool(attention_mask.all())
+    if n_past == 0 and not padded:
+        return None, None
+    keep = attention_mask.bool() if padded else None
+    token_mask = _causal_mask(n_past, input_ids.shape[1], keep, input_ids.device)
+    if not doubled:
+        return token_mask, None
+    keep = keep.repeat_interleave(2, dim=1) if padded else None
+    return token_mask, _causal_mask(2 * n_past, 2 * input_ids.shape[1], keep, input_ids.device)
+
+
+def _causal_mask(n_past, n_new, keep, device):
+    keys = torch.arange(n_past + n_new, device=device)
+    queries = keys[n_past:, None]
+    mask = (keys <= queries)[None, None]
+    if keep is None:
+        return mask
+    # A padding position still sees itself: a row without any key would be NaN and spoil what it is a value for.
+    return (mask & keep[:, None, None, :]) | (keys == queries)

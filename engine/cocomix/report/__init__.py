@@ -1,0 +1,1 @@
+"""Runs and measurements compared: tables, figures and pages."""

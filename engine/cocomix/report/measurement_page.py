@@ -1,0 +1,135 @@
+"""What was measured, for the report: profiles and benchmarks as tables and figures."""
+
+import html
+from pathlib import Path
+from typing import Any
+
+from cocomix.core.errors import CocomixError
+from cocomix.costs.profile_text import pays_off
+from cocomix.report import measurement_figures
+from cocomix.report.figures import FigureEntry, draw
+from cocomix.report.measurements import Benchmarks, Change, compare, load_benchmarks, load_profile
+from cocomix.report.page import Section, figure_section, html_table, text_section
+from cocomix.report.runs import fixed
+
+
+def measured_sections(profiles: list[str], bench: str | None, before: str | None) -> tuple[list[Section], str]:
+    """The sections of the files that are named, and what is to be said about the comparison of two benchmark files.
+
+    Raises `CocomixError` for a file of another kind, and for an older file without a newer one.
+    """
+    if before and not bench:
+        raise CocomixError("--bench-before is compared with --bench: name the newer file too")
+    sections = [
+        section
+        for number, path in enumerate(profiles, start=1)
+        for section in profile_sections(load_profile(path), number, Path(path).name)
+    ]
+    if not bench:
+        return sections, ""
+    new, old = load_benchmarks(bench), load_benchmarks(before) if before else None
+    return sections + benchmark_sections(new, old), comparison_text(compare(old, new)) if old else ""
+
+
+def profile_sections(profile: dict[str, Any], number: int, name: str) -> list[Section]:
+    """A table of the modes of a profile and a bar of where their steps go; `name` is its file's."""
+    modes, settings = profile["modes"], profile["settings"]
+    header = ["mode", "tokens/s", "step ms", "peak GiB", "MFU", "ratio", "ideal", "efficiency", "break-even saving"]
+    rows = [
+        [
+            mode["title"],
+            f"{mode['tokens_per_s']:,.0f}",
+            f"{1e3 * mode['step_s']['median']:,.1f}",
+            f"{mode['peak_memory_gib']:.3g}",
+            f"{mode['mfu']:.0%}",
+            *_ratios(mode),
+        ]
+        for mode in modes.values()
+    ]
+    device = profile["machine"].get("device", "")
+    words = (
+        f"{device}; {settings['precision']}, ZeRO {settings['zero_stage']}, ranks: {settings['ranks']}, micro batches "
+        f"of {settings['micro_batch']} x {settings['seq_len']:,} tokens, {settings['rounds']} rounds; commit "
+        f"{profile['machine'].get('commit')}. {pays_off(profile['paper_saving'])}"
+    )
+    body = f'{html_table(header, rows)}\n<p class="quiet">{html.escape(words)}</p>'
+    table = text_section(f"What a step costs: {name}", body)
+    drawn = draw(
+        FigureEntry(
+            f"step_parts_{number}",
+            f"Where a step goes: {name}",
+            "Share of a step; at its end its length. Backward passes are paler than forward passes.",
+            measurement_figures.step_parts,
+        ),
+        profile,
+    )
+    return [table, *([figure_section(*drawn)] if drawn else [])]
+
+
+def _ratios(mode: dict[str, Any]) -> list[str]:
+    ratio = mode["ratio"] and mode["ratio"]["median"]
+    saving = mode["break_even_saving"]
+    return [
+        *(fixed([value], 2)[0] for value in (ratio, mode["ideal_ratio"], mode["efficiency"])),
+        "–" if saving is None else f"{saving:.1%}",
+    ]
+
+
+def benchmark_sections(new: Benchmarks, old: Benchmarks | None = None) -> list[Section]:
+    """Each operation against its floor, sweeps where there are any, and the comparison with an older run."""
+    machine = ", ".join(f"{key} {value}" for key, value in new.machine.items() if value is not None)
+    sections = [text_section("Benchmarks", f'<p class="quiet">{html.escape(machine)}</p>')]
+    for operation in dict.fromkeys(row["operation"] for row in new.rows):
+        rows = [row for row in new.rows if row["operation"] == operation]
+        entry = FigureEntry(f"bench_{operation}", operation, _floor_of(rows), measurement_figures.against_floor)
+        sections += _drawn(entry, rows)
+    for key, groups in measurement_figures.sweeps(new.rows).items():
+        entry = FigureEntry(
+            f"sweep_{key}",
+            f"Time over {key}",
+            "Median; the band is the 10th to 90th percentile.",
+            measurement_figures.sweep,
+        )
+        sections += _drawn(entry, key, groups)
+    if old is not None:
+        sections.append(_comparison(compare(old, new)))
+    return sections
+
+
+def _floor_of(rows: list[dict[str, Any]]) -> str:
+    formulas = sorted({row["floor_formula"] for row in rows if row.get("floor_formula")})
+    return f"Floor: {'; '.join(formulas)}. Median, with the 10th to 90th percentile of the rounds."
+
+
+def _drawn(entry: FigureEntry, *arguments) -> list[Section]:
+    drawn = draw(entry, *arguments)
+    return [] if drawn is None else [figure_section(*drawn)]
+
+
+def _comparison(changes: list[Change]) -> Section:
+    header = ["benchmark", "contestant", "before", "now", "now / before", ""]
+    rows = [
+        [
+            change.title,
+            change.contestant,
+            f"{change.old['median']:.3g} {change.unit}",
+            f"{change.new['median']:.3g} {change.unit}",
+            f"{change.ratio:.2f}",
+            "" if change.verdict == "same" else change.verdict,
+        ]
+        for change in changes
+    ]
+    return text_section("Compared with the older run", html_table(header, rows))
+
+
+def comparison_text(changes: list[Change]) -> str:
+    """The benchmarks that became slower or faster beyond the noise that both runs show, a line each."""
+    lines = [
+        f"{change.verdict}: {change.title} {change.contestant}: {change.old['median']:.3g} -> "
+        f"{change.new['median']:.3g} {change.unit} (x {change.ratio:.2f})"
+        for change in changes
+        if change.verdict != "same"
+    ]
+    slower = sum(change.verdict == "slower" for change in changes)
+    summary = f"{len(changes)} benchmarks compared: {slower} slower, {len(lines) - slower} faster beyond the noise"
+    return "\n".join([*lines, summary])

@@ -1,0 +1,336 @@
+"""Comparing training runs: a plain-text table for the terminal and one self-contained HTML page."""
+
+import html
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from cocomix.core.errors import CocomixError
+from cocomix.core.files import atomic_write
+from cocomix.report.figures import FIGURES, draw_figures
+from cocomix.report.page import Section, figure_section, html_table, text_section
+from cocomix.report.runs import Run, fixed, is_number, load_run, significant, titles
+from cocomix.report.token_saving import saving
+
+__all__ = ["comparison_table", "load_run", "write_report"]
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    heading: str
+    header: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+
+
+def comparison_table(runs: list[Run]) -> str:
+    """Plain-text table of runs at equal training tokens, the largest count at which all have an evaluation.
+
+    The step time ratio is to the first NTP run on the same devices, per token where batch sizes differ. Raises
+    `CocomixError` when the perplexities of the runs don't compare.
+    """
+    comparison = _compare(runs)
+    table = [comparison.header, *comparison.rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(comparison.header))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join([comparison.heading, "", *lines, "", *comparison.notes])
+
+
+def _compare(runs: list[Run]) -> _Comparison:
+    _check_comparable(runs)
+    tokens = _common_tokens(runs)
+    at_tokens = [next(e for e in run.evaluations if e["tokens"] == tokens) for run in runs]
+    columns = {
+        "mode": titles(runs),
+        "perplexity": significant([evaluation["perplexity"] for evaluation in at_tokens], digits=4),
+        "tokens/s": significant([run.tokens_per_s for run in runs], digits=3),
+        "step time ratio": fixed(_step_time_ratios(runs), decimals=2),
+        "peak memory GiB": fixed([run.peak_memory_gib for run in runs], decimals=2),
+        "parameters": [_abbreviated(run.info["parameters"]) for run in runs],
+    }
+    [unigram] = significant([runs[0].info["data"]["val_unigram_perplexity"]], digits=4)
+    notes = [f"For orientation: the unigram perplexity of the validation text is {unigram}."]
+    notes += _saving_notes(runs, columns["mode"])
+    notes += [
+        f"{title} has not finished: step {run.last_step:,} of {run.info['total_steps']:,}."
+        for title, run in zip(columns["mode"], runs, strict=True)
+        if not run.summary
+    ]
+    rows = [list(row) for row in zip(*columns.values(), strict=True)]
+    return _Comparison(f"Validation perplexity after {tokens:,} training tokens", list(columns), rows, notes)
+
+
+def _saving_notes(runs: list[Run], names: list[str]) -> list[str]:
+    """A sentence for each run beside the first NTP run, and what none of them holds."""
+    baseline = next((run for run in runs if run.is_baseline), None)
+    if baseline is None:
+        return []
+    ntp, notes, has_bounds = names[runs.index(baseline)], [], False
+    for run, name in zip(runs, names, strict=True):
+        found = None if run.is_baseline else saving(run, baseline)
+        if found is not None:
+            has_bounds = True
+            what = f"{found.share:.1%} fewer" if found.share >= 0 else f"{-found.share:.1%} more"
+            notes.append(
+                f"{name} reaches a validation loss of {found.loss:.3f} with {what} tokens than {ntp} (a "
+                f"saving between {found.low:.1%} and {found.high:.1%} by the evaluations around it)."
+            )
+            continue
+        lowest, first = min(e["loss"] for e in run.evaluations), baseline.evaluations[0]["loss"]
+        if lowest > first and len(baseline.evaluations) > 1:  # of a single evaluation there is no more to say
+            notes.append(
+                f"{name} comes to a validation loss of {lowest:.3f}, which {ntp} was past at its first evaluation."
+            )
+    return [*notes, "What other seeds would give is not in these bounds."] if has_bounds else notes
+
+
+def _check_comparable(runs: list[Run]) -> None:
+    if not runs:
+        raise CocomixError("no runs to compare: name at least one run folder")
+    folders = [run.folder.resolve() for run in runs]
+    for run, folder in zip(runs, folders, strict=True):
+        if folders.count(folder) > 1:
+            raise CocomixError(f"{run.folder} is named twice; name every run once")
+    first = _fingerprint(runs[0])
+    for run in runs[1:]:
+        for key, value in _fingerprint(run).items():
+            if value != first[key]:
+                raise CocomixError(
+                    f"perplexities of {runs[0].folder} and {run.folder} don't compare: {key} is {first[key]} in the "
+                    f"first and {value} in the second; compare runs on the same data"
+                )
+
+
+def _fingerprint(run: Run) -> dict[str, Any]:
+    """What must agree for two perplexities to mean the same."""
+    return {
+        "vocab_size": run.info["data"]["vocab_size"],
+        "val_tokens": run.info["data"]["val_tokens"],
+        "seq_len": run.info["seq_len"],
+        "train.eval_windows": _flattened(run.info["config"]).get("train.eval_windows"),
+    }
+
+
+def _common_tokens(runs: list[Run]) -> int:
+    common = set.intersection(*({evaluation["tokens"] for evaluation in run.evaluations} for run in runs))
+    if not common:
+        reached = ", ".join(f"{run.folder}: {run.evaluations[-1]['tokens']:,} tokens" for run in runs)
+        raise CocomixError(
+            f"the runs have no evaluation at equal tokens (last ones: {reached}); wait for a run that goes on, or "
+            "train with the same train.tokens, train.global_batch and train.eval_every"
+        )
+    return max(common)
+
+
+def _step_time_ratios(runs: list[Run]) -> list[float | None]:
+    def machine(run):
+        return run.info["device"], run.info["world_size"]
+
+    def seconds_per_token(run):
+        return run.step_time_s / run.info["tokens_per_step"] if run.step_time_s else None
+
+    ratios = []
+    for run in runs:
+        baseline = next((r for r in runs if r.is_baseline and machine(r) == machine(run)), None)
+        reference = seconds_per_token(baseline) if baseline else None
+        own = seconds_per_token(run)
+        ratios.append(own / reference if own and reference else None)
+    return ratios
+
+
+def _abbreviated(count: int) -> str:
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return significant([count / size], digits=3)[0] + letter
+    return str(count)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+_PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+  color: #1b1b1b; background: #fff; max-width: 52rem; margin: 2.5rem auto; padding: 0 1.25rem; }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .4rem; }
+h2 { font-size: 1.2rem; line-height: 1.3; margin: 2.4rem 0 .6rem; }
+p { margin: .4rem 0; }
+.quiet, figcaption { color: #555; font-size: .9rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .7rem; text-align: right; vertical-align: top; }
+th { font-weight: 600; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+th:last-child, td:last-child { padding-right: 0; }
+thead th { border-bottom: 1.5px solid #1b1b1b; vertical-align: bottom; }
+tbody th { font-weight: 400; }
+tbody tr { border-bottom: 1px solid #e3e3e3; }
+.numbers th:first-child { min-width: 14rem; }
+.facts td { overflow-wrap: anywhere; }
+.facts th:first-child { white-space: nowrap; }
+figure { margin: 0; }
+figure svg { display: block; width: 100%; height: auto; }
+figure svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif
+  !important; }
+details { border-bottom: 1px solid #e3e3e3; padding: .4rem 0; }
+summary { cursor: pointer; }
+pre { font: .82rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace;
+  white-space: pre-wrap; overflow-wrap: anywhere; margin: .5rem 0 .5rem 1rem; }
+@media print {
+  body { font-size: 10.5pt; max-width: none; margin: 0; padding: 0; }
+  h2 { break-after: avoid; }
+  section.figure, tr { break-inside: avoid; }
+  .wide { overflow: visible; }
+  details::details-content { content-visibility: visible; display: block; }
+}
+</style>
+</head>
+<body>
+<header>
+<h1>$title</h1>
+<p class="quiet">$subtitle</p>
+</header>
+$sections
+</body>
+</html>
+""")
+
+
+def write_report(runs: list[Run], out_folder, measured: list[Section] = ()) -> Path:
+    """Write `report.html`, which needs nothing beside it, and its figures as PNG files; returns the page's path.
+
+    The page compares `runs` and shows what was `measured` below. Every file appears whole or not at all, the page
+    last. Raises `CocomixError` when the runs don't compare and when the folder cannot be written.
+    """
+    sections = [*(_sections_of(runs) if runs else []), *measured]
+    page = _PAGE.substitute(
+        title="Measurements"
+        if not runs
+        else "Report of a training run"
+        if len(runs) == 1
+        else f"Comparison of {len(runs)} training runs",
+        subtitle=html.escape(_subtitle(runs[0]) if runs else ""),
+        sections="\n".join(section.html for section in sections),
+    )
+    return _write_files(Path(out_folder), page, {name: png for section in sections for name, png in section.figures})
+
+
+def _sections_of(runs: list[Run]) -> list[Section]:
+    comparison = _compare(runs)
+    table = html_table(comparison.header, comparison.rows)
+    notes = "\n".join(f'<p class="quiet">{html.escape(note)}</p>' for note in comparison.notes)
+    return [
+        text_section(comparison.heading, f"{table}\n{notes}"),
+        *(figure_section(*drawn) for drawn in draw_figures(runs)),
+        text_section("Runs", html_table(["", *titles(runs)], _facts(runs), "facts")),
+        text_section("Settings", _html_settings(runs)),
+    ]
+
+
+def _write_files(folder: Path, page: str, figures: dict[str, bytes]) -> Path:
+    try:
+        for name in {entry.name for entry in FIGURES} - figures.keys():
+            (folder / f"{name}.png").unlink(missing_ok=True)  # an earlier report's, of other runs
+        for name, png in figures.items():
+            with atomic_write(folder / f"{name}.png") as file:
+                file.write(png)
+        with atomic_write(folder / "report.html") as file:
+            file.write(page.encode("utf-8", errors="replace"))
+    except OSError as error:
+        raise CocomixError(f"the report cannot be written: {error}; choose another folder with --out") from None
+    return folder / "report.html"
+
+
+def _subtitle(run: Run) -> str:
+    data = run.info["data"]
+    return (
+        f"{_abbreviated(data['train_tokens'])} training tokens and {_abbreviated(data['val_tokens'])} validation "
+        f"tokens, vocabulary {data['vocab_size']:,}, windows of {run.info['seq_len']:,} tokens"
+    )
+
+
+def _facts(runs: list[Run]) -> list[list[str]]:
+    """Rows of what a run is and where it ran; one column a run after the row's name."""
+    packages = list(dict.fromkeys(package for run in runs for package in run.info["versions"]))
+    rows = {
+        "Name": [run.info["name"] for run in runs],
+        "Folder": [run.folder for run in runs],
+        "Device": [f"{run.info['world_size']} × {run.info['device']}" for run in runs],
+        "Steps": [f"{run.last_step:,} of {run.info['total_steps']:,}" for run in runs],
+        "Tokens in a step": [f"{run.info['tokens_per_step']:,}" for run in runs],
+        "Step time in s, median": [_step_times(run)[0] for run in runs],
+        "Step time in s, p10 – p90": [_step_times(run)[1] for run in runs],
+        "Wall-clock time": [_duration(max(e["elapsed_s"] for e in run.evaluations)) for run in runs],
+        "GFLOP a token, forward and backward": fixed(
+            [run.flops_per_token and run.flops_per_token / 1e9 for run in runs], decimals=3
+        ),
+    }
+    if any("label_coverage" in run.evaluations[-1] for run in runs):
+        rows |= _concept_facts([run.evaluations[-1] for run in runs])
+    rows |= {str(package): [run.info["versions"].get(package, "–") for run in runs] for package in packages}
+    return [[name, *(str(value) for value in values)] for name, values in rows.items()]
+
+
+def _concept_facts(evaluations: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Rows on the concepts at the last evaluation; a dash for runs without."""
+
+    def column(key, form):
+        return [form.format(evaluation[key]) if key in evaluation else "–" for evaluation in evaluations]
+
+    return {
+        "Training tokens looked at for concepts": column("concept_tokens", "{:,}"),
+        "Tokens with a label": column("label_coverage", "{:.1%}"),
+        "Labels among the predicted concepts": column("concept_agreement", "{:.1%}"),
+        "Different concepts in labels": column("label_concepts", "{:,}"),
+        "Different concepts predicted": column("predicted_concepts", "{:,}"),
+    }
+
+
+def _step_times(run: Run) -> tuple[str, str]:
+    """Median and "p10 – p90" of a step, in seconds."""
+    spread = [(run.summary or {}).get(f"step_time_{percentile}_s") for percentile in ("p10", "p90")]
+    known = all(is_number(value) for value in spread)
+    median, low, high = significant([run.step_time_s, *(spread if known else (None, None))], digits=3)
+    return median, f"{low} – {high}" if known else "–"
+
+
+def _html_settings(runs: list[Run]) -> str:
+    """What differs between the runs as a table, then every run's settings in full, folded."""
+    names, settings = titles(runs), [_flattened(run.info["config"]) for run in runs]
+    keys = list(dict.fromkeys(key for flat in settings for key in flat))
+    differing = [
+        [key, *(flat.get(key, "–") for flat in settings)]
+        for key in keys
+        if key != "train.run" and len({flat.get(key) for flat in settings}) > 1
+    ]
+    parts = [html_table(["setting", *names], differing, "facts")] if differing else []
+    parts += [
+        f"<details>\n<summary>All settings of {html.escape(title)}</summary>\n<pre>"
+        + html.escape("\n".join(f"{key}={value}" for key, value in flat.items()))
+        + "</pre>\n</details>"
+        for title, flat in zip(names, settings, strict=True)
+    ]
+    return "\n".join(parts)
+
+
+def _flattened(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as {"section.key": text}."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            flat |= _flattened(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return flat

@@ -1,0 +1,214 @@
+"""What training leaves in a run folder: `run.json` and `metrics.jsonl`, read and checked."""
+
+import json
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cocomix.core.errors import CocomixError
+from cocomix.core.files import read_json
+from cocomix.core.methods import MIXING, labels_name, method_title, predicts_concepts, soft_targets_name
+
+_DATA_KEYS = ("vocab_size", "train_tokens", "val_tokens", "val_unigram_perplexity")
+_RUN_KEYS = (
+    "name",
+    "mode",
+    "labels",
+    "device",
+    "world_size",
+    "parameters",
+    "tokens_per_step",
+    "total_steps",
+    "seq_len",
+    "versions",
+    "config",
+    "data",
+)
+_METRIC_KEYS = {
+    "train": ("step", "tokens", "ntp_loss", "step_time_s", "tokens_per_s", "peak_memory_gib"),
+    "eval": ("step", "tokens", "loss", "perplexity", "elapsed_s"),
+    "summary": ("step", "tokens", "loss", "perplexity", "tokens_per_s", "step_time_s", "peak_memory_gib", "elapsed_s"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run as it lies on disk.
+
+    `info` is `run.json`; `train` and `evaluations` are the lines of `metrics.jsonl` by kind, in order of steps;
+    `summary` is None while the run has not finished. Losses are in nats per token.
+    """
+
+    folder: Path
+    info: dict[str, Any]
+    train: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    summary: dict[str, Any] | None
+
+    @property
+    def title(self) -> str:
+        """What was trained, in words: "NTP", "CoCoMix (cached labels)", …"""
+        mixing, soft = self.info["mode"], self.info.get("soft_targets")
+        of_labels = self.info["labels"] if predicts_concepts(mixing) else None
+        config = self.info["config"]
+        names = (
+            labels_name(config.get("teacher", {}).get("labels_by", "attribution")),
+            soft_targets_name(config.get("distillation", {}).get("top_k")),
+        )
+        sources = [f"{kind} {name}" for kind, name in zip((of_labels, soft), names, strict=True) if kind]
+        return method_title(mixing, distils=bool(soft)) + (f" ({', '.join(sources)})" if sources else "")
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is plain next-token prediction, which the others are compared with."""
+        return self.info["mode"] == "none" and not self.info.get("soft_targets")
+
+    @property
+    def last_step(self) -> int:
+        """Optimizer steps done at the last line."""
+        return max(record["step"] for record in [*self.train, *self.evaluations])
+
+    @property
+    def flops_per_token(self) -> float | None:
+        """Floating-point operations of training on a token, labels included; None where the run does not tell."""
+        return self.info.get("flops_per_token")
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Training throughput over all ranks; None before the first training line."""
+        return self._typical("tokens_per_s")
+
+    @property
+    def step_time_s(self) -> float | None:
+        """Median seconds of an optimizer step; None before the first training line."""
+        return self._typical("step_time_s")
+
+    @property
+    def peak_memory_gib(self) -> float | None:
+        """Peak memory in GiB; None before the first training line."""
+        if self.summary:
+            return self.summary["peak_memory_gib"]
+        return max((record["peak_memory_gib"] for record in self.train), default=None)
+
+    def _typical(self, key: str) -> float | None:
+        if self.summary:
+            return self.summary[key]
+        settled = self.train[1:] or self.train  # the first line holds compilation and warm-up
+        return statistics.median(record[key] for record in settled) if settled else None
+
+
+def load_run(folder) -> Run:
+    """Read a run folder, finished or still running.
+
+    Where a resumed run went over some steps twice, the later lines count. A last line that is cut off (the run is
+    just writing it) is left out. Raises `CocomixError` when the folder holds no run, when a line is broken (named by
+    its number) and when there is no evaluation yet.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise CocomixError(
+            f"{folder} is a file, not the folder of a run: each profile or benchmark is named after an "
+            "option of its own, --profile FILE or --bench FILE"
+        )
+    if not (folder / "run.json").is_file():
+        raise CocomixError(f"{folder} is not a run folder (no run.json in it); name one that `cocomix train` wrote")
+    info = read_json(folder / "run.json", "the run's description")
+    _check_info(info, folder / "run.json")
+    records = _without_repeated_steps(_read_metrics(folder / "metrics.jsonl"))
+    of_kind = {kind: [record for record in records if record["kind"] == kind] for kind in _METRIC_KEYS}
+    evaluations = {record["tokens"]: record for kind in ("summary", "eval") for record in of_kind[kind]}
+    if not evaluations:
+        raise CocomixError(f"{folder} has no evaluation yet: wait for its first one (train.eval_every) and try again")
+    summary = records[-1] if records[-1]["kind"] == "summary" else None
+    return Run(folder, info, of_kind["train"], [evaluations[tokens] for tokens in sorted(evaluations)], summary)
+
+
+def _check_info(info: dict[str, Any], path: Path) -> None:
+    missing = [key for key in _RUN_KEYS if key not in info]
+    if isinstance(info.get("data"), dict):
+        missing += [f"data.{key}" for key in _DATA_KEYS if key not in info["data"]]
+    if missing:
+        raise CocomixError(f"{path} lacks {', '.join(missing)}: was it written by another version of cocomix?")
+    for key in ("versions", "config", "data"):
+        if not isinstance(info[key], dict):
+            raise CocomixError(f"{path}: {key} must be a JSON object, not {info[key]!r}")
+    if info["mode"] not in MIXING:
+        raise CocomixError(f"{path}: mode is {info['mode']!r}; it must be one of {', '.join(MIXING)}")
+    numbers = {key: info[key] for key in ("world_size", "parameters", "tokens_per_step", "total_steps", "seq_len")}
+    if "flops_per_token" in info:
+        numbers["flops_per_token"] = info["flops_per_token"]
+    for key, value in (numbers | {f"data.{key}": info["data"][key] for key in _DATA_KEYS}).items():
+        if not is_number(value) or not value > 0:
+            raise CocomixError(f"{path}: {key} must be a positive number, not {value!r}")
+
+
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CocomixError(f"{path} cannot be read: {error}") from None
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):  # no newline yet: the run is just writing this line
+                break
+            raise CocomixError(f"{path}, line {number} is broken: {error}; remove that line and try again") from None
+        if _check_metric(record, f"{path}, line {number}"):
+            records.append(record)
+    return records
+
+
+def _check_metric(record, where: str) -> bool:
+    """Whether the report reads this kind of line. Raises `CocomixError` where a line lacks what its kind promises."""
+    if not isinstance(record, dict) or "kind" not in record:
+        raise CocomixError(f"{where} is broken: expected a JSON object with a kind; remove that line and try again")
+    for key in _METRIC_KEYS.get(str(record["kind"]), ()):
+        if not is_number(record.get(key)):
+            raise CocomixError(
+                f"{where} is broken: {key} is {record.get(key)!r}, not a number; remove that line and try again"
+            )
+    return str(record["kind"]) in _METRIC_KEYS
+
+
+def is_number(value) -> bool:
+    """Whether a JSON value is a number (true and false are not)."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _without_repeated_steps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    kept: list[dict[str, Any]] = []
+    for record in records:
+        while kept and kept[-1]["step"] > record["step"]:  # resumed from an earlier checkpoint
+            kept.pop()
+        kept.append(record)
+    return list({(record["kind"], record["step"]): record for record in kept}.values())
+
+
+def titles(runs: list[Run]) -> list[str]:
+    """One distinct title a run: the mode; where modes repeat the run's name too, and else its folder."""
+    titles = [run.title for run in runs]
+    for distinction in (lambda run: run.info["name"], lambda run: run.folder):
+        titles = [
+            f"{title}, {' '.join(str(distinction(run)).split())}" if titles.count(title) > 1 else title
+            for title, run in zip(titles, runs, strict=True)
+        ]
+    return titles
+
+
+def fixed(values: list[float | None], decimals: int) -> list[str]:
+    """A column of numbers with `decimals` decimals; "–" where there is none."""
+    return ["–" if value is None else f"{value:,.{decimals}f}" for value in values]
+
+
+def significant(values: list[float | None], digits: int) -> list[str]:
+    """A column of numbers with equally many decimals; the smallest has `digits` significant digits."""
+    sizes = [abs(value) for value in values if value and math.isfinite(value)]
+    return fixed(values, max(digits - 1 - math.floor(math.log10(min(sizes))), 0) if sizes else 0)

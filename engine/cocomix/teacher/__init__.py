@@ -1,0 +1,1 @@
+"""The frozen side: language model, sparse autoencoder, concept labels, soft targets and their caches."""

@@ -1,0 +1,125 @@
+"""Knowledge distillation: the teacher's next-token distribution, whole while training, or its likeliest tokens on disk.
+
+J is the number of likeliest tokens that soft targets keep; the rest of the vocabulary counts as one token.
+"""
+
+import numpy as np
+import torch
+
+from cocomix.core.config import Config
+from cocomix.core.errors import CocomixError
+from cocomix.core.flops import TeacherShape
+from cocomix.model.pretrained import fingerprint, load_language_model
+from cocomix.teacher.language_model import DTYPES, check_head, fixed_passes, require_context
+from cocomix.teacher.shard_cache import ShardCache
+from cocomix_kernels import top_targets
+
+_MAX_IDS = 65536
+
+
+class SoftTargetCache(ShardCache):
+    """The J likeliest next tokens of a teacher at each token of a token file, four bytes each: id and log-probability.
+
+    Log-probabilities are those in the whole vocabulary, in float16.
+    """
+
+    what, setting, stem, size_key = "soft-target cache", "distillation.cache", "soft-targets", "top_k"
+    names = {"top_k": "another number of soft targets a token"}
+
+    @classmethod
+    def create(
+        cls, folder, *, n_windows: int, seq_len: int, top_k: int, fingerprints: dict, shard_windows: int = 4096
+    ) -> "SoftTargetCache":
+        """Start a cache, or go on with the one that is there. Raises `CocomixError` where that one was made from
+        something else, and where the disk has no room for all soft targets."""
+        return cls._start(
+            folder,
+            n_windows=n_windows,
+            seq_len=seq_len,
+            size=top_k,
+            fingerprints=fingerprints,
+            shard_windows=shard_windows,
+        )
+
+    def window(self, index: int) -> dict[str, np.ndarray]:
+        """Soft targets of one window: `soft_target_ids` int64 [T, J], `soft_target_log_probs` float16 [T, J]."""
+        ids, log_probs = np.split(self._numbers(index), 2, axis=1)
+        return {"soft_target_ids": ids, "soft_target_log_probs": log_probs.astype(np.uint16).view(np.float16)}
+
+    def _width(self):
+        return 2 * self.size
+
+    def _encoded(self, values):
+        ids, log_probs = (values[name].cpu().numpy() for name in ("soft_target_ids", "soft_target_log_probs"))
+        if ids.size and (ids.min() < 0 or ids.max() >= _MAX_IDS):
+            raise ValueError(f"token ids range from {ids.min()} to {ids.max()}, expected 0 to {_MAX_IDS - 1}")
+        return np.concatenate([ids, log_probs.astype(np.float16).view(np.uint16)], axis=-1)
+
+
+class DistillationTeacher:
+    """A frozen language model whose next-token distribution a student learns from.
+
+    `model` is a causal language model of transformers, of whose vocabulary the first `vocab_size` ids count (others
+    pad it). `top_k` is J, or None for the whole distribution. The model is frozen and put into evaluation mode.
+    Raises `CocomixError` where its logits are more than one matrix product, and where `top_k` exceeds the vocabulary.
+    """
+
+    def __init__(self, model: torch.nn.Module, vocab_size: int, top_k: int | None):
+        check_head(model)
+        if top_k is not None and top_k > vocab_size:
+            raise CocomixError(f"distillation.top_k is {top_k} but the vocabulary has {vocab_size} tokens")
+        self.model = model.requires_grad_(False).eval()
+        self.vocab_size, self.top_k = vocab_size, top_k
+        self._head = model.get_output_embeddings().weight
+
+    @classmethod
+    def from_config(
+        cls, config: Config, vocab_size: int, device: torch.device, model: torch.nn.Module | None = None
+    ) -> "DistillationTeacher":
+        """Teacher of a config, whose language model may be there already. Raises `CocomixError` where it cannot be
+        loaded."""
+        if model is None:
+            if not config.teacher.model:
+                raise CocomixError("distillation needs teacher.model: set it to a path")
+            model = load_language_model(config.teacher.model).to(device, DTYPES[config.teacher.dtype])
+        return cls(model, vocab_size, config.distillation.top_k)
+
+    @property
+    def shape(self) -> TeacherShape:
+        """What its arithmetic depends on."""
+        config = self.model.config
+        return TeacherShape(
+            config.hidden_size, config.num_hidden_layers, 0, config.vocab_size, 0, labels_by=None, soft_targets=True
+        )
+
+    def fingerprints(self) -> dict[str, str]:
+        """What soft targets depend on beside the tokens."""
+        return {
+            "teacher": fingerprint(self.model),
+            "top_k": str(self.top_k),
+            "dtype": str(self._head.dtype).removeprefix("torch."),
+        }
+
+    @torch.no_grad()
+    def targets(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What a batch of windows input_ids [B, T] needs for distillation, on the same device.
+
+        With `top_k`: `soft_target_ids` int64 and `soft_target_log_probs` float16, both [B, T, J], likeliest first.
+        Without: `teacher_hidden` [B, T, d], the last hidden states, and `teacher_head` [V, d], whose product the
+        logits are. Targets of a window do not depend on the batch around it. Raises `CocomixError` where the windows
+        are longer than the teacher's context.
+        """
+        require_context(self.model, input_ids.shape[1], "soft targets")
+        if self.top_k is None:
+            return {"teacher_hidden": fixed_passes(self._hidden, input_ids), "teacher_head": self._head}
+        ids, log_probs = fixed_passes(self._likeliest, input_ids).chunk(2, dim=-1)
+        return {"soft_target_ids": ids.long(), "soft_target_log_probs": log_probs.to(torch.float16)}
+
+    def _hidden(self, input_ids):
+        return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+    def _likeliest(self, input_ids):
+        """Ids and log-probabilities side by side, float32 [B, T, 2 J]: a float32 holds every id exactly."""
+        hidden = self._hidden(input_ids).flatten(0, 1)
+        ids, log_probs = top_targets(hidden, self._head[: self.vocab_size], self.top_k)
+        return torch.cat([ids.float(), log_probs.float()], dim=-1).unflatten(0, input_ids.shape)

@@ -1,0 +1,1 @@
+"""Training: the trainer, one step, DeepSpeed's engine, validation, metrics."""

@@ -1,0 +1,142 @@
+"""What a run records: run.json, metrics.jsonl, TensorBoard, optionally Weights & Biases, and the progress bar."""
+
+import contextlib
+import json
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from cocomix.core.config import TrainConfig
+from cocomix.core.errors import CocomixError
+from cocomix.core.files import atomic_write, explain_full_disk
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far, GiB: allocated on the GPU, or resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kibibytes / 2**20
+
+
+class MetricsLog:
+    """metrics.jsonl of a run folder, mirrored to TensorBoard and Weights & Biases.
+
+    Opening drops the lines after step `from_step` (what a resumed run will write again). Every line is one JSON
+    object with `kind` ("train", "eval", "event" or "summary"), `step` and `tokens`.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig, from_step: int, settings: dict):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / "metrics.jsonl"
+        self._keep_until(from_step)
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
+        self._tensorboard = _open_tensorboard(folder, from_step) if config.tensorboard else None
+        self._wandb = _open_wandb(folder, config.wandb_project, settings) if config.wandb_project else None
+
+    def write(self, kind: str, step: int, tokens: int, **values) -> None:
+        """Append a line and pass its numbers on."""
+        with explain_full_disk(self._path):
+            self._file.write(json.dumps({"kind": kind, "step": step, "tokens": tokens, **values}) + "\n")
+            self._file.flush()
+            numbers = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
+            if self._tensorboard is not None:
+                for name, value in numbers.items():
+                    self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log({**numbers, "tokens": tokens}, step=step)
+
+    def event(self, event: str, step: int, tokens: int, **values) -> None:
+        """Append a line about a single step that was out of the ordinary."""
+        with explain_full_disk(self._path):
+            record = {"kind": "event", "event": event, "step": step, "tokens": tokens, **values}
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the evaluation of a step is there: a run that was killed at its end makes it again."""
+        return any(record["kind"] == "eval" and record["step"] == step for record in self._records())
+
+    def step_times(self) -> list[float]:
+        """Seconds a step, one figure for each training line of the whole run, resumed parts included."""
+        return [record["step_time_s"] for record in self._records() if record["kind"] == "train"]
+
+    def peak_memory_gib(self) -> float:
+        """The largest peak of the whole run, GiB."""
+        return max(record["peak_memory_gib"] for record in self._records() if record["kind"] == "train")
+
+    def close(self) -> None:
+        """Flush and close everything. What a full disk keeps from being flushed is lost."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        if self._tensorboard is not None:
+            with contextlib.suppress(OSError):
+                self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _keep_until(self, step):
+        if not self._path.exists():
+            return
+        kept = [record for record in self._records() if record["step"] <= step and record["kind"] != "summary"]
+        with atomic_write(self._path, "w") as file:
+            file.writelines(json.dumps(record) + "\n" for record in kept)
+
+    def _records(self):
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:  # cut off in mid-write
+                continue
+
+
+def _open_tensorboard(folder, from_step):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError:
+        raise CocomixError(
+            "train.tensorboard needs TensorBoard: pip install 'cocomix[train]', or set train.tensorboard=false"
+        ) from None
+    return SummaryWriter(folder / "tensorboard", purge_step=from_step + 1)
+
+
+def _open_wandb(folder, project, settings):
+    try:
+        import wandb
+    except ModuleNotFoundError:
+        raise CocomixError("train.wandb_project needs wandb: pip install wandb") from None
+    return wandb.init(project=project, name=folder.name, dir=folder, config=settings, resume="allow", id=folder.name)
+
+
+def progress_bar(title: str, total_steps: int, done: int, shown: bool):
+    """A bar over steps on standard error; where that is no terminal, a line every ten seconds."""
+    on_terminal = sys.stderr.isatty()
+    return (tqdm if on_terminal else _Lines)(
+        total=total_steps,
+        initial=done,
+        desc=title,
+        unit="step",
+        disable=not shown,
+        dynamic_ncols=on_terminal,
+        mininterval=0.5 if on_terminal else 10.0,
+    )
+
+
+class _Lines(tqdm):
+    """A bar for log files: every update is a line of its own."""
+
+    @staticmethod
+    def status_printer(file):
+        """The function that tqdm shows its text with; tqdm itself ends the last line."""
+        separator = ""
+
+        def write(text):
+            nonlocal separator
+            file.write(separator + text)
+            file.flush()
+            separator = "\n"
+
+        return write

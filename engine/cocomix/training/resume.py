@@ -1,0 +1,99 @@
+"""What may change between the parts of one run, and what would make it another run."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import cocomix_kernels as kernels
+from cocomix.core.config import Config
+from cocomix.core.errors import CocomixError
+
+# Settings that a resumed run may change, with all below them. The first group leaves the trajectory alone (up to
+# rounding, where the work is split otherwise); the second one steers it on purpose.
+MAY_CHANGE = (
+    "out",
+    "data.folder",
+    "data.text",
+    "data.text_key",
+    "data.tokenizer",
+    "data.vocab_size",
+    "data.max_tokens",
+    "data.processes",
+    "data.val_fraction",
+    "teacher.model",
+    "teacher.sae",
+    "sae",
+    "labels",
+    "distillation.cache",
+    "train.run",
+    "train.micro_batch",
+    "train.zero_stage",
+    "train.offload_optimizer",
+    "train.activation_checkpointing",
+    "train.compile",
+    "train.attention_backend",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_windows",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.continue_after_failed_save",
+    "train.max_skipped_steps",
+    "train.spike_deviations",
+    "train.tensorboard",
+    "train.wandb_project",
+    "train.timeout_minutes",
+    "deepspeed",
+    "train.tokens",
+    "train.lr",
+    "train.min_lr_ratio",
+    "train.warmup_steps",
+    "train.grad_clip",
+)
+
+
+def settings(config: Config) -> dict:
+    """Every setting by its full name; the `deepspeed` section is one value."""
+    flat = {}
+    for section, value in dataclasses.asdict(config).items():
+        if section == "deepspeed" or not isinstance(value, dict):
+            flat[section] = value
+        else:
+            flat |= {f"{section}.{key}": inner for key, inner in value.items()}
+    return flat
+
+
+def code_fingerprint() -> str:
+    """SHA-256 over this package's own source files, hexadecimal."""
+    package, digest = Path(__file__).parents[1], hashlib.sha256()
+    for root in (package, Path(kernels.__file__).parent):
+        for file in sorted(root.rglob("*.py")):
+            digest.update(file.relative_to(root).as_posix().encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def require_same_run(stored: dict, now: dict, checkpoint) -> list[str]:
+    """Raise `CocomixError`, naming what differs, unless a run with the settings and fingerprints `now` continues the
+    one that `stored` them. Returns the changes that are allowed, in words.
+
+    Both map names to JSON values. A setting that came with a later version than `stored` had its default then. What
+    else only one of them has is not compared: the fingerprints of a teacher, for example, are not always known.
+    """
+    stored = {**settings(Config()), "the labels' labels_by": "attribution", **stored}
+    changes = {
+        name: f"{name} was {stored[name]} and is {value}"
+        for name, value in now.items()
+        if name in stored and stored[name] != value
+    }
+    refused = [text for name, text in changes.items() if not _may_change(name)]
+    if refused:
+        raise CocomixError(
+            f"{checkpoint} cannot be gone on with: {'; '.join(refused)}. Use what the run was started with, or another "
+            "train.run"
+        )
+    return list(changes.values())
+
+
+def _may_change(name: str) -> bool:
+    return any(name == allowed or name.startswith(f"{allowed}.") for allowed in MAY_CHANGE)

@@ -1,0 +1,83 @@
+"""Concept labels: attribution of the teacher's loss to its active latents, by k sampled dot products a token.
+
+Shapes: N tokens, d teacher width, C latents, k active latents, K labels.
+"""
+
+import torch
+
+from cocomix_kernels.common.checks import check_device, check_floats, check_integers, check_k, check_range, check_shapes
+from cocomix_kernels.common.chunking import accumulation_dtype, row_chunks
+from cocomix_kernels.common.dispatch import choose_backend
+
+_TRITON_LATENTS = 512  # its kernel sorts a token's attributions in the registers of one warp
+
+
+def _torch_backend(values, indices, grad, decoder, label_topk):
+    n_tokens, k = indices.shape
+    dtype = torch.promote_types(accumulation_dtype(decoder.dtype), accumulation_dtype(values.dtype))
+    labels = indices.new_full((n_tokens, label_topk), -1, dtype=torch.int64)
+    kept = min(k, label_topk)
+    for rows in row_chunks(n_tokens, 2 * k * decoder.shape[1] * dtype.itemsize, values.device):
+        ascending, order = indices[rows].long().sort(1)  # the stable sort below then breaks ties to the lowest index
+        dots = torch.bmm(decoder[ascending].to(dtype), grad[rows, :, None].to(dtype))[:, :, 0]
+        attribution = values[rows].to(dtype).gather(1, order) * dots
+        best, position = attribution.sort(dim=1, descending=True, stable=True)
+        labels[rows, :kept] = torch.where(best > 0, ascending.gather(1, position), -1)[:, :kept]
+    return labels
+
+
+@torch.library.custom_op("cocomix::concept_attribution", mutates_args=())
+def _triton_backend(
+    values: torch.Tensor,  # [N, k]
+    indices: torch.Tensor,  # [N, k]
+    grad: torch.Tensor,  # [N, d]
+    decoder: torch.Tensor,  # [C, d]
+    label_topk: int,
+) -> torch.Tensor:
+    from cocomix_kernels.attribution.triton_kernel import attribution_labels
+
+    labels = _labels(values, indices, grad, decoder, label_topk)
+    if label_topk > indices.shape[1]:
+        labels.fill_(-1)
+    attribution_labels(values, indices, grad, decoder, labels)
+    return labels
+
+
+@_triton_backend.register_fake
+def _labels(values, indices, grad, decoder, label_topk):
+    return indices.new_empty(indices.shape[0], label_topk, dtype=torch.int64)
+
+
+def _implementations(values, indices, grad, decoder):
+    if indices.shape[1] > _TRITON_LATENTS or torch.float64 in (values.dtype, grad.dtype, decoder.dtype):
+        return {"torch": _torch_backend}
+    return {"torch": _torch_backend, "triton": _triton_backend}
+
+
+@torch.no_grad()
+def concept_attribution(values, indices, grad, decoder, label_topk, *, backend=None) -> torch.Tensor:
+    """The concepts with the largest strictly positive attribution s_i = a_i * <decoder_i, g>, largest first.
+
+    values [N, k] active latents, indices [N, k] integers, grad [N, d] gradient of the teacher's loss with respect
+    to the residual stream, decoder [C, d] with one row a concept (any floating dtypes; products accumulate in
+    float32; no triton backend for float64 or more than 512 latents a token). Returns [N, label_topk] int64, -1 where
+    fewer attributions are positive; ties go to the lowest index.
+
+    Source: CoCoMix (arXiv 2502.08524), section 3: attribution. Raises `ValueError` for shapes, devices or indices
+    that do not fit.
+    """
+    sizes = check_shapes(
+        "concept_attribution",
+        values=(values, "N k"),
+        indices=(indices, "N k"),
+        grad=(grad, "N d"),
+        decoder=(decoder, "C d"),
+    )
+    check_floats("concept_attribution", values=values, grad=grad, decoder=decoder)
+    check_integers("concept_attribution", indices=indices)
+    check_device("concept_attribution", values=values, indices=indices, grad=grad, decoder=decoder)
+    check_range("concept_attribution", "indices", indices, 0, sizes["C"])
+    check_k("concept_attribution", label_topk, 65535, "label_topk")
+    implementations = _implementations(values, indices, grad, decoder)
+    run = choose_backend("concept_attribution", implementations, backend, values.device)
+    return run(values, indices, grad, decoder, label_topk)

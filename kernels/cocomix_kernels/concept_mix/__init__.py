@@ -1,0 +1,5 @@
+"""Sparse projection of the kept concepts, de-normalised, interleaved with the hidden states or added to them."""
+
+from cocomix_kernels.concept_mix.op import concept_add, concept_mix, concept_vectors
+
+__all__ = ["concept_add", "concept_mix", "concept_vectors"]

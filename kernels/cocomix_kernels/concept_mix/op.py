@@ -1,0 +1,201 @@
+"""Sparse projection of the kept concept logits, de-normalisation, and mixing with the hidden states.
+
+Shapes: B sequences of T tokens, N = B * T, d width, C concepts, k kept concepts.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from cocomix_kernels.common.checks import (
+    check_device,
+    check_floats,
+    check_integers,
+    check_range,
+    check_same,
+    check_shapes,
+)
+from cocomix_kernels.common.chunking import accumulation_dtype, row_chunks
+from cocomix_kernels.common.dispatch import choose_backend
+
+
+class _WeightedRows(torch.autograd.Function):
+    """sum_j values[n, j] * weight[indices[n, j]] from low-precision rows, in float32, a chunk of tokens at a time."""
+
+    @staticmethod
+    def forward(ctx, values, indices, weight):  # [N, k], [N, k], [C, d] -> [N, d] float32
+        ctx.save_for_backward(values, indices, weight)
+        out = values.new_empty(values.shape[0], weight.shape[1], dtype=torch.float32)
+        for rows in _gather_chunks(indices, weight):
+            out[rows] = torch.bmm(values[rows, None, :].float(), weight[indices[rows]].float())[:, 0]
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        values, indices, weight = ctx.saved_tensors
+        dvalues, dweight = torch.empty_like(values), torch.zeros_like(weight, dtype=torch.float32)
+        for rows in _gather_chunks(indices, weight):
+            g, kept = grad[rows].float(), indices[rows]
+            dvalues[rows] = torch.bmm(weight[kept].float(), g[:, :, None])[:, :, 0].to(values.dtype)
+            dweight.index_add_(0, kept.flatten(), (values[rows, :, None].float() * g[:, None, :]).flatten(0, 1))
+        return dvalues, None, dweight.to(weight.dtype)
+
+
+def _gather_chunks(indices, weight):
+    return row_chunks(indices.shape[0], 3 * indices.shape[1] * weight.shape[1] * 4, weight.device)
+
+
+def _weighted_rows(values, indices, weight):  # [N, k], [N, k], [C, d] -> [N, d]
+    if weight.dtype == values.dtype:  # float32 or float64, where the library's kernel keeps full precision
+        return F.embedding_bag(indices, weight, per_sample_weights=values, mode="sum")
+    return _WeightedRows.apply(values, indices, weight)
+
+
+def concept_vectors(values, indices, weight, bias, pre_bias, mean, std):
+    """The continuous concepts c = (sum_j v_j W[i_j] + b + pre_bias) * std + mean.
+
+    Shapes as in `concept_mix`; returns [B, T, d] in the accumulation dtype.
+    """
+    batch, length, _ = values.shape
+    kept = values.flatten(0, 1).to(accumulation_dtype(weight.dtype))
+    rows = _weighted_rows(kept, indices.flatten(0, 1).long(), weight).view(batch, length, weight.shape[1])
+    return (rows + (bias + pre_bias)) * std + mean
+
+
+def _torch_mix(hidden, *of_concepts):
+    concepts = concept_vectors(*of_concepts)
+    return torch.stack([hidden, concepts.to(hidden.dtype)], dim=2).flatten(1, 2)
+
+
+def _torch_add(hidden, *of_concepts):
+    return hidden + concept_vectors(*of_concepts).to(hidden.dtype)
+
+
+@torch.library.custom_op("cocomix::concept_mix", mutates_args=())
+def _mix(
+    hidden: torch.Tensor,  # [B, T, d]
+    values: torch.Tensor,  # [B, T, k]
+    indices: torch.Tensor,  # [B, T, k]
+    weight: torch.Tensor,  # [C, d]
+    bias: torch.Tensor,  # [d]
+    pre_bias: torch.Tensor,  # [d]
+    mean: torch.Tensor,  # [B, T, 1]
+    std: torch.Tensor,  # [B, T, 1]
+    interleaved: bool,
+) -> torch.Tensor:
+    from cocomix_kernels.concept_mix.triton_kernel import mix
+
+    mixed = _mixed(hidden, values, indices, weight, bias, pre_bias, mean, std, interleaved)
+    mix(hidden, values, indices, weight, bias, pre_bias, mean, std, mixed, interleaved)
+    return mixed
+
+
+@_mix.register_fake
+def _mixed(hidden, values, indices, weight, bias, pre_bias, mean, std, interleaved):
+    batch, length, width = hidden.shape
+    return hidden.new_empty(batch, (2 if interleaved else 1) * length, width)
+
+
+@torch.library.custom_op("cocomix::concept_mix_backward", mutates_args=())
+def _mix_backward(
+    grad: torch.Tensor,  # [B, 2T, d], or [B, T, d] where the concepts were added
+    values: torch.Tensor,  # [B, T, k]
+    indices: torch.Tensor,  # [B, T, k]
+    weight: torch.Tensor,  # [C, d]
+    bias: torch.Tensor,  # [d]
+    pre_bias: torch.Tensor,  # [d]
+    std: torch.Tensor,  # [B, T, 1]
+    wanted: Sequence[bool],  # gradients of values, weight, biases, mean, std
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    from cocomix_kernels.concept_mix import triton_kernel as mix
+
+    gradients = _gradients(grad, values, indices, weight, bias, pre_bias, std, wanted)
+    dvalues, dweight, dbias, dmean, dstd = (g if w else None for g, w in zip(gradients, wanted, strict=True))
+    rows = mix.concept_rows(grad, values.shape[1])
+    mix.token_gradients(rows, values, indices, weight, bias, pre_bias, std, dvalues, dmean, dstd)
+    if dweight is not None:
+        mix.weight_gradient(rows, values, indices, std, dweight)
+    if dbias is not None:
+        mix.bias_gradient(rows, std, dbias)
+    return gradients
+
+
+@_mix_backward.register_fake
+def _gradients(grad, values, indices, weight, bias, pre_bias, std, wanted):
+    like = (values, weight, bias, std.float(), std.float())
+    return tuple(t.new_empty(t.shape if w else (0,)) for t, w in zip(like, wanted, strict=True))
+
+
+def _setup_context(ctx, inputs, output):
+    _, values, indices, weight, bias, pre_bias, mean, std, interleaved = inputs
+    ctx.save_for_backward(values, indices, weight, bias, pre_bias, std)
+    ctx.interleaved, ctx.statistics_dtypes = interleaved, (mean.dtype, std.dtype)
+
+
+def _backward(ctx, grad):
+    hidden, values, _, weight, bias, pre_bias, mean, std, _ = ctx.needs_input_grad
+    wanted = [values, weight, bias or pre_bias, mean, std]
+    dhidden = grad[:, ::2] if ctx.interleaved else grad
+    dvalues, dweight, dbias, dmean, dstd = _mix_backward(grad, *ctx.saved_tensors, wanted)
+    dmean, dstd = (g.to(dtype) for g, dtype in zip((dmean, dstd), ctx.statistics_dtypes, strict=True))
+    gradients = (dhidden, dvalues, None, dweight, dbias, dbias, dmean, dstd, None)
+    return tuple(g if w else None for g, w in zip(gradients, ctx.needs_input_grad, strict=True))
+
+
+_mix.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _triton_backend(hidden, values, indices, *rest, interleaved):
+    wide = indices if indices.dtype in (torch.int64, torch.int32) else indices.long()
+    return _mix(hidden, values, wide, *rest, interleaved)
+
+
+def _run(operation, torch_backend, interleaved, backend, hidden, values, indices, weight, bias, pre_bias, mean, std):
+    sizes = check_shapes(
+        operation,
+        hidden=(hidden, "B T d"),
+        values=(values, "B T k"),
+        indices=(indices, "B T k"),
+        weight=(weight, "C d"),
+        bias=(bias, "d"),
+        pre_bias=(pre_bias, "d"),
+        mean=(mean, "B T 1"),
+        std=(std, "B T 1"),
+    )
+    check_same(operation, hidden=hidden, weight=weight, bias=bias, pre_bias=pre_bias)
+    check_floats(operation, values=values, mean=mean, std=std)
+    check_integers(operation, indices=indices)
+    check_device(operation, hidden=hidden, values=values, indices=indices, mean=mean, std=std)
+    check_range(operation, "indices", indices, 0, sizes["C"])
+    implementations = {"torch": torch_backend}
+    if torch.float64 not in (hidden.dtype, values.dtype, mean.dtype, std.dtype):
+        implementations["triton"] = partial(_triton_backend, interleaved=interleaved)
+    run = choose_backend(operation, implementations, backend, hidden.device)
+    return run(hidden, values, indices, weight, bias, pre_bias, mean, std)
+
+
+def concept_mix(hidden, values, indices, weight, bias, pre_bias, mean, std, *, backend=None) -> torch.Tensor:
+    """Compress the kept concepts into one vector a token and interleave it: h_0, c_0, h_1, c_1, ...
+
+    hidden [B, T, d]; values, indices [B, T, k]; weight [C, d] with one row a concept; bias, pre_bias [d];
+    mean, std [B, T, 1]. Returns [B, 2T, d] in hidden's dtype: even rows are hidden, odd rows
+    c = (sum_j v_j W[i_j] + bias + pre_bias) * std + mean. hidden, weight and the biases share a dtype; values, mean
+    and std may have a higher one. Sums are in float32 (float64, which has no triton backend, for float64). Gradients
+    reach every floating-point input and are deterministic in the triton backend.
+
+    Source: CoCoMix (arXiv 2502.08524), section 3: mixing and interleaving. Raises `ValueError` for shapes, dtypes,
+    devices or indices that do not fit.
+    """
+    return _run("concept_mix", _torch_mix, True, backend, hidden, values, indices, weight, bias, pre_bias, mean, std)
+
+
+def concept_add(hidden, values, indices, weight, bias, pre_bias, mean, std, *, backend=None) -> torch.Tensor:
+    """Compress the kept concepts into one vector a token and add it: h_t + c_t.
+
+    Arguments, precision, gradients and errors as for `concept_mix`; returns [B, T, d] in hidden's dtype.
+
+    Source: CoCoMix (arXiv 2502.08524), the comparison with adding the concept ("intervention").
+    """
+    return _run("concept_add", _torch_add, False, backend, hidden, values, indices, weight, bias, pre_bias, mean, std)

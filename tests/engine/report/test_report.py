@@ -1,0 +1,629 @@
+"""`cocomix report`: reading run folders, the comparison at equal tokens, and the page."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from cocomix.core.errors import CocomixError
+from cocomix.report import figures, report
+from cocomix.report import runs as runs_module
+from cocomix.report.report import comparison_table, load_run, write_report
+
+TOKENS_PER_STEP = 4096
+
+
+def write_run(
+    folder, mode="none", steps=200, *, eval_every=50, finished=True, offset=0.0, step_time=0.5, distilled=False, **info
+):
+    """A run folder with losses that fall towards 4.0 + offset."""
+    folder.mkdir(parents=True)
+    labels = None if mode == "none" else "cached"
+    data = {"vocab_size": 4096, "train_tokens": 2_500_000, "val_tokens": 130_000, "val_unigram_perplexity": 612.3}
+    config = {
+        "data": {"folder": "data", "text": ["stdlib"]},
+        "model": {"mixing": mode, "n_embd": 128},
+        "train": {"run": str(folder), "lr": 6e-4, "eval_windows": 0},
+    }
+    content = {
+        "name": folder.name,
+        "mode": mode,
+        "labels": labels,
+        "soft_targets": "cached" if distilled else None,
+        "device": "NVIDIA H100 80GB HBM3",
+        "world_size": 1,
+        "parameters": 25_230_000,
+        "tokens_per_step": TOKENS_PER_STEP,
+        "total_steps": steps,
+        "seq_len": 256,
+        "flops_per_token": 150_000_000 if mode == "none" else 300_000_000,
+        "versions": {"torch": "2.13.0", "deepspeed": "0.18.2", "cocomix": "0.1.0"},
+        "config": config,
+        "data": data,
+    }
+    (folder / "run.json").write_text(json.dumps(content | info))
+    (folder / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps(line) + "\n" for line in metrics(mode, steps, eval_every, finished, offset, step_time, distilled)
+        )
+    )
+    return folder
+
+
+def metrics(mode, steps, eval_every, finished, offset, step_time, distilled=False):
+    noise = np.random.default_rng(0)
+    lines = []
+
+    def at(kind, step, **values):
+        return {"kind": kind, "step": step, "tokens": step * TOKENS_PER_STEP, "elapsed_s": step * step_time} | values
+
+    def loss(step):
+        return 4.0 + offset + 5.0 / (1 + step / 20)
+
+    for step in range(10, steps + 1, 10):
+        ntp_loss = loss(step) + 0.1 * float(noise.standard_normal())
+        concept_loss = None if mode == "none" else 6.0 + 4.0 / (1 + step / 30)
+        slow = 20 if step == 10 else 1
+        lines.append(
+            at(
+                "train",
+                step,
+                loss=ntp_loss + 0.1 * (concept_loss or 0),
+                ntp_loss=ntp_loss,
+                lr=6e-4,
+                concept_loss=concept_loss,
+                **({"distillation_loss": 2 / step} if distilled else {}),
+                grad_norm=1.0,
+                step_time_s=step_time * slow,
+                tokens_per_s=TOKENS_PER_STEP / step_time / slow,
+                peak_memory_gib=1.25,
+            )
+        )
+        if step % eval_every == 0:
+            concepts = (
+                {}
+                if mode == "none"
+                else {
+                    "concept_tokens": 2048,
+                    "label_coverage": 0.875,
+                    "concept_agreement": 1 - 1 / (1 + step / 100),
+                    "label_concepts": 811,
+                    "predicted_concepts": 402,
+                }
+            )
+            lines.append(at("eval", step, loss=loss(step), perplexity=float(np.exp(loss(step))), **concepts))
+    if finished:
+        lines.append(
+            at(
+                "summary",
+                steps,
+                loss=loss(steps),
+                perplexity=float(np.exp(loss(steps))),
+                tokens_per_s=TOKENS_PER_STEP / step_time,
+                step_time_s=step_time,
+                peak_memory_gib=1.25,
+                step_time_p10_s=step_time * 0.98,
+                step_time_p90_s=step_time * 1.07,
+            )
+        )
+    return lines
+
+
+@pytest.fixture
+def pair(tmp_path):
+    ntp = load_run(write_run(tmp_path / "ntp"))
+    mixed = load_run(write_run(tmp_path / "mixed", "interleave", offset=-0.08, step_time=0.82))
+    return [ntp, mixed]
+
+
+def cells(table, title):
+    """The cells of a row of the plain-text table after its title."""
+    line = next(line for line in table.splitlines() if line.startswith(title + " "))
+    return line.removeprefix(title).split()
+
+
+class Page(HTMLParser):
+    """What the browser would see: text, tag counts and attributes."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.text, self.tags, self.attributes = "", [], []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+
+    def handle_data(self, data):
+        self.text += data
+
+
+# ---- reading
+
+
+def test_a_finished_run_is_read_with_its_lines_by_kind(tmp_path):
+    run = load_run(write_run(tmp_path / "run", "interleave"))
+    assert [record["step"] for record in run.evaluations] == [50, 100, 150, 200]
+    assert len(run.train) == 20
+    assert run.summary["step"] == run.last_step == 200
+    assert run.title == "CoCoMix (cached labels)"
+
+
+def test_other_methods_have_titles_and_a_saving_of_their_own(tmp_path):
+    ntp = load_run(write_run(tmp_path / "ntp"))
+    distilled = load_run(
+        write_run(
+            tmp_path / "distilled",
+            offset=-0.05,
+            distilled=True,
+            config={"distillation": {"top_k": 8}, "train": {"eval_windows": 0}},
+        )
+    )
+    lagging = load_run(write_run(tmp_path / "lagging", "pause", labels=None, offset=2.0))
+    by_activation = load_run(write_run(tmp_path / "by", "interleave", config={"teacher": {"labels_by": "activation"}}))
+    both = load_run(write_run(tmp_path / "both", "predict", distilled=True))
+    assert distilled.title == "NTP with distillation (cached top-8 soft targets)"
+    assert by_activation.title == "CoCoMix (cached labels by activation)"
+    assert both.title == "concept prediction with distillation (cached labels, cached whole soft targets)"
+    assert load_run(write_run(tmp_path / "pause", "pause", labels=None)).title == "pause tokens"
+    assert [run.is_baseline for run in (ntp, distilled, by_activation, both)] == [True, False, False, False]
+    text = comparison_table([distilled, ntp, lagging])
+    assert "NTP with distillation (cached top-8 soft targets) reaches a validation loss of" in text
+    assert cells(text, "NTP with distillation (cached top-8 soft targets)")[2] == "1.00"
+    assert "pause tokens comes to a validation loss of 6.455, which NTP was past at its first evaluation." in text
+    assert text.count("What other seeds would give is not in these bounds.") == 1
+    assert "seeds" not in comparison_table([ntp]) + comparison_table([ntp, lagging])
+    once = [
+        load_run(write_run(tmp_path / f"once-{mode}", mode, steps=50, offset=offset))
+        for mode, offset in (("none", 0.0), ("interleave", 1.0))
+    ]
+    assert "first evaluation" not in comparison_table(once)
+
+
+@pytest.mark.parametrize(
+    "mode, labels, title",
+    [
+        ("none", None, "NTP"),
+        ("none", "cached", "NTP"),
+        ("add", "online", "CoCoMix add (online labels)"),
+        ("interleave", None, "CoCoMix"),
+    ],
+)
+def test_titles_name_mode_and_labels(tmp_path, mode, labels, title):
+    assert load_run(write_run(tmp_path / "run", mode, labels=labels)).title == title
+
+
+def test_an_unfinished_run_reports_medians_without_the_first_line(tmp_path):
+    run = load_run(write_run(tmp_path / "run", steps=120, finished=False, total_steps=200))
+    assert run.summary is None
+    assert run.step_time_s == 0.5 and run.tokens_per_s == TOKENS_PER_STEP / 0.5
+    assert run.peak_memory_gib == 1.25
+    assert "NTP has not finished: step 120 of 200." in comparison_table([run])
+
+
+def test_the_summary_counts_as_evaluation_where_the_last_step_has_none(tmp_path):
+    run = load_run(write_run(tmp_path / "run", steps=120))
+    assert [record["step"] for record in run.evaluations] == [50, 100, 120]
+
+
+def test_a_last_line_that_is_cut_off_is_left_out(tmp_path):
+    folder = write_run(tmp_path / "run", finished=False)
+    whole = load_run(folder)
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write('{"kind": "eval", "step": 250, "note": "é'.encode()[:-1])
+    assert load_run(folder) == whole
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ('{"kind": "train", "st', "line 3 is broken"),
+        ("[1, 2]", "expected a JSON object"),
+        ('{"step": 30}', "expected a JSON object with a kind"),
+        (
+            '{"kind": "eval", "step": 30, "tokens": 1, "perplexity": 2.0, "elapsed_s": 1.0}',
+            "loss is None, not a number",
+        ),
+    ],
+)
+def test_a_broken_line_is_named_by_its_number(tmp_path, line, reason):
+    folder = write_run(tmp_path / "run")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines[2] = line
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(CocomixError, match=re.escape(reason)) as raised:
+        load_run(folder)
+    assert "metrics.jsonl, line 3" in str(raised.value)
+
+
+def test_lines_of_an_unknown_kind_are_no_error(tmp_path):
+    folder = write_run(tmp_path / "run")
+    before = load_run(folder)
+    content = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text('{"kind": "note", "text": "hello"}\n' + content)
+    assert load_run(folder) == before
+
+
+def test_steps_that_a_resumed_run_repeats_count_once_with_their_later_values(tmp_path):
+    folder = write_run(tmp_path / "run", steps=130, finished=False)
+    again = [
+        line | {"perplexity": 77.0} if line["kind"] == "eval" else line
+        for line in metrics("none", 200, 50, True, 0.0, 0.5)
+        if line["step"] > 80
+    ]
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in again)
+    run = load_run(folder)
+    assert [record["step"] for record in run.train] == list(range(10, 201, 10))
+    assert [record["step"] for record in run.evaluations] == [50, 100, 150, 200]
+    assert [record["perplexity"] == 77.0 for record in run.evaluations] == [False, True, True, True]
+
+
+def test_a_run_that_was_prolonged_counts_as_unfinished_until_its_new_end(tmp_path):
+    folder = write_run(tmp_path / "run", steps=100)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in metrics("none", 150, 50, False, 0.0, 0.5)[12:])
+    run = load_run(folder)
+    assert run.summary is None and run.last_step == 150
+    assert [record["step"] for record in run.evaluations] == [50, 100, 150]
+
+
+def test_folders_that_are_no_runs_are_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "absent", tmp_path / "empty"):
+        with pytest.raises(CocomixError, match="not a run folder"):
+            load_run(folder)
+
+
+def test_a_run_without_evaluation_is_refused(tmp_path):
+    early = write_run(tmp_path / "early", steps=40, finished=False)
+    with pytest.raises(CocomixError, match="no evaluation yet"):
+        load_run(early)
+    (early / "metrics.jsonl").unlink()
+    with pytest.raises(CocomixError, match="no evaluation yet"):
+        load_run(early)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"mode": "blend"}, "mode is 'blend'"),
+        ({"mode": []}, "mode is []"),
+        ({"parameters": "many"}, "parameters must be a positive"),
+        ({"tokens_per_step": 0}, "tokens_per_step must be a positive"),
+        ({"config": None}, "config must be a JSON object"),
+        ({"data": {"vocab_size": 1}}, "lacks data.train_tokens, data.val_tokens, data.val_unigram_perplexity"),
+    ],
+)
+def test_a_description_with_wrong_values_is_refused(tmp_path, change, reason):
+    with pytest.raises(CocomixError, match=re.escape(reason)):
+        load_run(write_run(tmp_path / "run", **change))
+
+
+def test_a_description_that_lacks_a_key_is_refused(tmp_path):
+    folder = write_run(tmp_path / "run")
+    info = json.loads((folder / "run.json").read_text())
+    del info["seq_len"]
+    (folder / "run.json").write_text(json.dumps(info))
+    with pytest.raises(CocomixError, match="lacks seq_len"):
+        load_run(folder)
+
+
+# ---- the table
+
+
+def test_the_table_holds_perplexity_speed_ratio_memory_and_size(pair):
+    table = comparison_table(pair)
+    expected = np.exp(4.0 + 5 / 11)
+    assert table.splitlines()[0] == f"Validation perplexity after {200 * TOKENS_PER_STEP:,} training tokens"
+    assert cells(table, "NTP") == [f"{expected:.2f}", "8,192", "1.00", "1.25", "25.2M"]
+    mixed = cells(table, "CoCoMix (cached labels)")
+    assert mixed == [f"{expected * np.exp(-0.08):.2f}", "4,995", "1.64", "1.25", "25.2M"]
+    assert "unigram perplexity of the validation text is 612.3" in table
+
+
+def test_the_columns_of_the_table_are_aligned(pair):
+    lines = comparison_table(pair).splitlines()[2:6]
+    assert len({len(line) for line in lines}) == 1
+    assert all(line.isprintable() for line in lines)
+
+
+def test_runs_are_compared_at_the_largest_token_count_that_all_have_evaluated(tmp_path):
+    runs = [
+        load_run(write_run(tmp_path / "ntp", steps=200)),
+        load_run(write_run(tmp_path / "mixed", "interleave", steps=130, finished=False)),
+    ]
+    table = comparison_table(runs)
+    assert f"after {100 * TOKENS_PER_STEP:,} training tokens" in table
+    assert cells(table, "NTP")[0] == f"{np.exp(4 + 5 / 6):.1f}"
+
+
+def test_runs_without_an_evaluation_at_equal_tokens_are_refused(tmp_path):
+    runs = [
+        load_run(write_run(tmp_path / "a", eval_every=50, steps=50)),
+        load_run(write_run(tmp_path / "b", eval_every=30, steps=60)),
+    ]
+    with pytest.raises(CocomixError, match="no evaluation at equal tokens"):
+        comparison_table(runs)
+
+
+def test_without_an_ntp_run_there_is_no_step_time_ratio(tmp_path):
+    table = comparison_table([load_run(write_run(tmp_path / "mixed", "interleave"))])
+    assert cells(table, "CoCoMix (cached labels)")[2] == "–"
+
+
+def test_step_times_on_other_devices_are_not_compared(tmp_path, pair):
+    other = load_run(write_run(tmp_path / "cpu", "add", device="cpu"))
+    assert cells(comparison_table([*pair, other]), "CoCoMix add (cached labels)")[2] == "–"
+
+
+def test_step_time_ratio_is_per_token_where_batch_sizes_differ(tmp_path, pair):
+    larger = load_run(write_run(tmp_path / "large", "add", step_time=1.0, tokens_per_step=2 * TOKENS_PER_STEP))
+    assert cells(comparison_table([*pair, larger]), "CoCoMix add (cached labels)")[2] == "1.00"
+
+
+def test_runs_of_one_mode_are_told_apart_by_name_and_then_by_folder(tmp_path):
+    runs = [load_run(write_run(tmp_path / "a", name="wide")), load_run(write_run(tmp_path / "b", name="deep"))]
+    table = comparison_table(runs)
+    assert "NTP, wide " in table and "NTP, deep " in table
+    runs = [load_run(write_run(tmp_path / "c", name="same")), load_run(write_run(tmp_path / "d", name="same"))]
+    assert f"NTP, same, {tmp_path / 'c'} " in comparison_table(runs)
+
+
+DATA = {"vocab_size": 4096, "train_tokens": 2_500_000, "val_tokens": 130_000, "val_unigram_perplexity": 612.3}
+
+
+@pytest.mark.parametrize(
+    "change, key",
+    [
+        ({"data": DATA | {"vocab_size": 8192}}, "vocab_size is 4096 in the first and 8192"),
+        ({"data": DATA | {"val_tokens": 90}}, "val_tokens is 130000 in the first and 90"),
+        ({"seq_len": 512}, "seq_len is 256 in the first and 512"),
+        ({"config": {"train": {"eval_windows": 8}}}, "train.eval_windows is 0 in the first and 8"),
+    ],
+)
+def test_runs_whose_perplexities_mean_different_things_are_refused(tmp_path, pair, change, key):
+    other = load_run(write_run(tmp_path / "other", **change))
+    for compare in (comparison_table, lambda runs: write_report(runs, tmp_path / "out")):
+        with pytest.raises(CocomixError, match=key):
+            compare([pair[0], other])
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_that_differ_in_training_tokens_only_are_compared(tmp_path, pair):
+    other = load_run(write_run(tmp_path / "other", "add", data=DATA | {"train_tokens": 9_000_000}))
+    assert "CoCoMix add" in comparison_table([*pair, other])
+
+
+def test_no_run_and_a_run_named_twice_are_refused(pair):
+    with pytest.raises(CocomixError, match="no runs"):
+        comparison_table([])
+    with pytest.raises(CocomixError, match="named twice"):
+        comparison_table([pair[0], pair[0]])
+
+
+@pytest.mark.parametrize(
+    "values, shown",
+    [
+        ([93.456, 101.234], ["93.46", "101.23"]),
+        ([1234.5, 2345.6], ["1,234", "2,346"]),
+        ([3.14159], ["3.142"]),
+        ([None, 45.678], ["–", "45.68"]),
+        ([float("inf"), 45.678], ["inf", "45.68"]),
+        ([0.0], ["0"]),
+        ([0.04567], ["0.04567"]),
+    ],
+)
+def test_numbers_of_a_column_share_their_decimals(values, shown):
+    assert runs_module.significant(values, digits=4) == shown
+
+
+@pytest.mark.parametrize(
+    "count, shown",
+    [
+        (512, "512"),
+        (9_500, "9.50k"),
+        (25_230_000, "25.2M"),
+        (1_380_000_000, "1.38B"),
+    ],
+)
+def test_counts_are_abbreviated_to_three_digits(count, shown):
+    assert report._abbreviated(count) == shown
+
+
+def test_moving_average_follows_a_slope_from_its_start_and_shrinks_noise_to_the_end():
+    line = np.linspace(5, 3, 101)
+    np.testing.assert_allclose(figures._moving_average(line, 10)[:91], line[:91])
+    noise = np.random.default_rng(0).standard_normal(1001)
+    smooth = figures._moving_average(noise, 10)
+    assert smooth.std() < 0.35 * noise.std()
+    assert smooth[-1] == pytest.approx(noise[-11:].mean())
+    assert figures._moving_average(noise[:1], 10) == noise[0]
+
+
+# ---- the page
+
+
+def test_the_page_needs_nothing_beside_it(tmp_path, pair):
+    path = write_report(pair, tmp_path / "out")
+    page = Page(path)
+    assert path == tmp_path / "out" / "report.html"
+    assert page.tags.count("svg") == len(figures.FIGURES) - 1 == 7  # nothing is distilled here
+    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
+    loads = [value for name, value in page.attributes if name in ("src", "href", "xlink:href", "data", "srcset")]
+    assert all(value.startswith("#") for value in loads)
+    assert "@import" not in path.read_text() and not re.search(r"url\((?!#)", path.read_text())
+
+
+def test_ids_on_the_page_are_unique_and_every_reference_has_its_target(tmp_path, pair):
+    page = Page(write_report(pair, tmp_path))
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    references = [value[1:] for name, value in page.attributes if name == "xlink:href"]
+    references += [target for _, value in page.attributes for target in re.findall(r"url\(#([^)]+)\)", value or "")]
+    assert references and set(references) <= set(ids)
+
+
+def test_every_figure_lies_beside_the_page_as_png(tmp_path, pair):
+    write_report([*pair, load_run(write_run(tmp_path / "distilled", distilled=True))], tmp_path / "out")
+    pngs = sorted(path.name for path in (tmp_path / "out").iterdir() if path.suffix == ".png")
+    assert pngs == sorted(f"{entry.name}.png" for entry in figures.FIGURES)
+    assert all((tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for name in pngs)
+    assert len(list((tmp_path / "out").iterdir())) == len(pngs) + 1
+
+
+def test_the_page_shows_the_numbers_of_the_table_versions_and_settings(tmp_path, pair):
+    text = Page(write_report(pair, tmp_path)).text
+    table = comparison_table(pair)
+    for value in [
+        *cells(table, "NTP"),
+        *cells(table, "CoCoMix (cached labels)"),
+        "0.18.2",
+        "1 × NVIDIA H100 80GB HBM3",
+        'data.text=["stdlib"]',
+        "train.lr=0.0006",
+        "0.804 – 0.877",
+    ]:
+        assert value in text
+    assert "model.mixing" in text and "settingNTPCoCoMix (cached labels)" in text.replace("\n", "")
+
+
+def test_hostile_names_reach_the_page_as_text(tmp_path):
+    name = '<script>alert("1")</script> & $title $x^2$ ${y} id="a"'
+    runs = [
+        load_run(
+            write_run(tmp_path / folder, name=name + folder, device=name, versions={name: name}, config={name: name})
+        )
+        for folder in ("a", "b")
+    ]
+    page = Page(write_report(runs, tmp_path / "out"))
+    assert "script" not in page.tags
+    assert page.text.count(f"NTP, {name}a") >= 3
+
+
+def test_concept_loss_is_drawn_only_where_a_run_has_one(tmp_path, pair):
+    out = tmp_path / "out"
+    assert "Concept loss" in Page(write_report(pair, out)).text
+    assert "Concept loss" not in Page(write_report(pair[:1], out)).text
+    assert not (out / "concept_loss_tokens.png").exists()
+
+
+def test_curves_show_the_runs_values_in_the_units_of_their_axes(pair):
+    axes = figures.validation_loss_over_tokens(pair).axes[0]
+    assert axes.get_xlabel() == "thousand tokens"
+    for line, run in zip(axes.lines, pair, strict=False):
+        np.testing.assert_allclose(line.get_xdata(), [e["tokens"] / 1e3 for e in run.evaluations])
+        np.testing.assert_allclose(line.get_ydata(), [e["loss"] for e in run.evaluations])
+    time = figures.validation_loss_over_time(pair).axes[0]
+    assert time.get_xlabel() == "minutes"
+    np.testing.assert_allclose(time.lines[1].get_xdata(), [e["elapsed_s"] / 60 for e in pair[1].evaluations])
+
+
+def test_curves_differ_without_colours(tmp_path):
+    runs = [load_run(write_run(tmp_path / str(number), "interleave", name=str(number))) for number in range(7)]
+    lines = [line for line in figures.validation_loss_over_tokens(runs).axes[0].lines if line.get_marker() != "None"]
+    assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == 7
+    assert len({line.get_marker() for line in lines}) == 7
+
+
+def test_a_diverged_run_is_reported_as_it_is(tmp_path, pair):
+    folder = write_run(tmp_path / "diverged", "add")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["step"] > 100:
+            line |= {"loss": float("nan"), "perplexity": float("nan"), "ntp_loss": float("nan"), "concept_loss": None}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runs = [*pair, load_run(folder)]
+    assert cells(comparison_table(runs), "CoCoMix add (cached labels)")[0] == "nan"
+    assert write_report(runs, tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_run_that_never_had_a_finite_loss_makes_a_page(tmp_path):
+    folder = write_run(tmp_path / "run")
+    broken = re.sub(r'("(?:ntp_)?loss|"perplexity)": [0-9.]+', r'\1": NaN', (folder / "metrics.jsonl").read_text())
+    (folder / "metrics.jsonl").write_text(broken)
+    assert Page(write_report([load_run(folder)], tmp_path / "out")).tags.count("svg") == 4
+
+
+def test_a_single_run_with_one_evaluation_makes_a_page(tmp_path):
+    run = load_run(write_run(tmp_path / "run", steps=5, finished=True))
+    assert run.train == [] and run.step_time_s == 0.5
+    assert "Training loss" not in Page(write_report([run], tmp_path / "out")).text
+
+
+def test_the_same_runs_give_the_same_page(tmp_path, pair):
+    first = write_report(pair, tmp_path / "one").read_bytes()
+    assert write_report(pair, tmp_path / "two").read_bytes() == first
+
+
+def test_a_failure_while_drawing_leaves_the_earlier_page(tmp_path, pair, monkeypatch):
+    path = write_report(pair[:1], tmp_path / "out")
+    before = path.read_bytes()
+    monkeypatch.setattr(report, "draw_figures", lambda runs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_report(pair, tmp_path / "out")
+    assert path.read_bytes() == before
+
+
+def test_other_files_in_the_folder_stay(tmp_path, pair):
+    (tmp_path / "notes.txt").write_text("mine")
+    write_report(pair, tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_an_output_folder_that_is_a_file_is_refused(tmp_path, pair):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(CocomixError, match="cannot be written"):
+        write_report(pair, tmp_path / "out")
+
+
+# ---- what the concepts and the arithmetic add
+
+
+def test_the_saving_in_tokens_is_said_with_its_bounds(pair):
+    """Both losses fall as 5 / (1 + step / 20), the mixed one from 0.08 below: it reaches the other's last one first."""
+    [note] = [line for line in comparison_table(pair).splitlines() if "reaches a validation loss" in line]
+    assert note.startswith("CoCoMix (cached labels) reaches a validation loss of 4.455 with ")
+    assert "fewer tokens than NTP (a saving between 0.0% and 25.0%" in note
+    share = float(note.split(" with ")[1].split("%")[0])
+    exact = 1 - (20 * (5 / (5 / 11 + 0.08) - 1)) / 200  # the step at which it really crosses
+    assert share == pytest.approx(100 * exact, abs=2)
+
+
+def test_no_saving_is_said_without_a_baseline_or_for_the_baseline_itself(pair):
+    assert "reaches a validation loss" not in comparison_table(pair[:1]) + comparison_table(pair[1:])
+
+
+def test_loss_over_flops_stretches_each_curve_by_its_arithmetic(pair):
+    axes = figures.validation_loss_over_flops(pair).axes[0]
+    ntp, mixed = (line.get_xdata() for line in axes.lines)
+    np.testing.assert_allclose(mixed / ntp, 2)
+    assert axes.get_xlabel() == "TFLOP"
+    np.testing.assert_allclose(ntp[-1], 200 * TOKENS_PER_STEP * 150_000_000 / 1e12)
+
+
+def test_runs_that_do_not_tell_their_arithmetic_have_no_such_figure(tmp_path):
+    folder = write_run(tmp_path / "run")
+    info = json.loads((folder / "run.json").read_text())
+    del info["flops_per_token"]
+    (folder / "run.json").write_text(json.dumps(info))
+    assert figures.validation_loss_over_flops([load_run(folder)]) is None
+
+
+def test_agreement_and_counts_of_concepts_are_shown(tmp_path, pair):
+    axes = figures.concept_agreement_over_tokens(pair).axes[0]
+    assert len(axes.lines) == 1
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [100 * (1 - 1 / (1 + s / 100)) for s in (50, 100, 150, 200)])
+    assert figures.concept_agreement_over_tokens(pair[:1]) is None
+    text = Page(write_report(pair, tmp_path / "out")).text
+    for name, value in (
+        ("Tokens with a label", "87.5%"),
+        ("Labels among the predicted concepts", "66.7%"),
+        ("Different concepts in labels", "811"),
+        ("Different concepts predicted", "402"),
+    ):
+        assert name in text and value in text[text.index(name) :][:200]
+    assert "Different concepts" not in Page(write_report(pair[:1], tmp_path / "ntp")).text

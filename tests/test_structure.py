@@ -1,0 +1,140 @@
+"""The house: imports go down only, at the top of files and inside functions alike, and every module has its tests."""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = {"cocomix": ROOT / "engine/cocomix", "cocomix_kernels": ROOT / "kernels/cocomix_kernels"}
+
+# Rooms by floor: a room may import from the floors below it, and from itself.
+FLOORS = {
+    "cocomix": [
+        {"core"},
+        {"data", "model"},
+        {"distributed"},
+        {"teacher"},
+        {"training"},
+        {"inference", "costs"},
+        {"report"},
+        {"commands"},
+        {"cli"},
+    ],
+    "cocomix_kernels": [
+        {"common"},
+        {"concept_head", "attribution", "concept_mix", "attention", "lm_loss"},
+        {"reference"},
+    ],
+}
+
+
+def modules() -> dict[str, Path]:
+    """Source files by the name that they are imported by."""
+    found = {}
+    for folder in SOURCES.values():
+        for file in folder.rglob("*.py"):
+            parts = file.relative_to(folder.parent).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+MODULES = modules()
+
+
+def imported(module: str, source: str) -> set[str]:
+    """Modules of the two packages that `module` imports, wherever it does."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{module}: import by full names, not relative ones"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.add(whole if whole in MODULES else node.module)
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "import_module":
+            found |= {text.value for text in node.args if isinstance(text, ast.Constant)}
+    return {name for name in found if name.split(".")[0] in SOURCES}
+
+
+def floor(module: str) -> tuple[str, int]:
+    """The package of a module and the number of its floor."""
+    package, room = module.split(".")[:2]
+    return package, next(number for number, rooms in enumerate(FLOORS[package]) if room in rooms)
+
+
+def is_entrance(module: str) -> bool:
+    """Whether this is a package itself, which hands on names of its rooms, or `python -m`."""
+    return module in SOURCES or module.endswith(".__main__")
+
+
+def upward(module: str, source: str) -> list[str]:
+    """What of a module's imports leads to a higher floor, or to another room on its own."""
+    if is_entrance(module):
+        return []
+    wrong = []
+    for other in sorted(imported(module, source)):
+        if other in SOURCES:  # the operations' public names, for the program alone
+            wrong += [other] if module.startswith(other) else []
+            continue
+        (package, mine), (others_package, its) = floor(module), floor(other)
+        if package != others_package:
+            wrong += [] if others_package == "cocomix_kernels" else [other]
+        elif its > mine or (its == mine and module.split(".")[1] != other.split(".")[1]):
+            wrong.append(other)
+    return wrong
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_go_down_only(module):
+    assert not upward(module, MODULES[module].read_text())
+
+
+@pytest.mark.parametrize(
+    "module, line",
+    [
+        ("cocomix.core.config", "from cocomix.data.text import pieces"),
+        ("cocomix.data.text", "from cocomix.model.blocks import Block"),
+        ("cocomix.training.trainer", "def f():\n    from cocomix.costs.planner import predict"),
+        ("cocomix.training.trainer", "import cocomix.inference.evaluate"),
+        ("cocomix.inference.loading", "from cocomix import cli"),
+        ("cocomix.costs.planner", "from cocomix.inference import loading"),
+        ("cocomix_kernels.common.dispatch", "from cocomix_kernels.attention import op"),
+        ("cocomix_kernels.attention.op", "from cocomix_kernels import concept_mix"),
+        ("cocomix_kernels.attention.op", "import importlib\nimportlib.import_module('cocomix.core.files')"),
+        ("cocomix_kernels.attention.op", "from cocomix_kernels.lm_loss.cross_entropy import linear_cross_entropy"),
+    ],
+)
+def test_an_upward_import_would_be_seen(module, line):
+    assert upward(module, line)
+
+
+def test_no_file_imports_itself_through_others():
+    graph = {module: imported(module, file.read_text()) - {module} for module, file in MODULES.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+# --- tests mirror the code: a module's tests are in a file of its name in the room of the same name, or here
+
+TESTED_IN = {}
+
+
+def mirror(module: str) -> Path:
+    """Where the tests of a module should be."""
+    package, *rooms, name = module.split(".")
+    return ROOT / "tests" / SOURCES[package].parent.name / Path(*rooms, f"test_{name}.py")
+
+
+def test_every_module_has_a_test_file_or_says_where_it_is_tested():
+    found = {module for module, file in MODULES.items() if file.name not in ("__init__.py", "__main__.py")}
+    missing = {module for module in found if not mirror(module).is_file()}
+    assert sorted(missing - set(TESTED_IN)) == []
+    assert sorted(set(TESTED_IN) - missing) == [], "these have a test file of their own, or are gone"
+    for places in TESTED_IN.values():
+        for place in places.split():
+            assert (ROOT / "tests" / place).is_file(), place
