@@ -147,7 +147,9 @@ def _pair_sum(
             inside = first + step < stop
             token = tl.load(tokens + first + step, mask=inside, other=0).to(tl.int64)
             value = tl.load(values + first + step, mask=inside, other=0.0).to(tl.float32)
-            row = tl.load(rows + token * row_stride + columns, mask=inside & (columns < D), other=0.0)
+            # The same as `inside & (columns < D)`, which Triton 3.9's interpreter makes no mask of: the one is a scalar.
+            mask = tl.where(inside, columns, D) < D
+            row = tl.load(rows + token * row_stride + columns, mask=mask, other=0.0)
             part += value * row.to(tl.float32)
             part_weight += value
         total += part
