@@ -17,8 +17,6 @@ from cocomix.core.errors import CocomixError
 from cocomix.core.flops import (
     MULTIPLY_ADD,
     TRAINED,
-    StudentShape,
-    TeacherShape,
     forward_parts,
     frozen_side,
     parameter_count,
@@ -26,6 +24,7 @@ from cocomix.core.flops import (
     training_flops,
 )
 from cocomix.core.methods import LABELS, SOFT_TARGETS, doubles_sequence, mixes_concepts, predicts_concepts
+from cocomix.core.shapes import StudentShape, TeacherShape, student_shape
 from cocomix.costs.cluster import Cluster
 from cocomix.costs.footprint import WIDE, Footprint, Setup, footprint
 
@@ -90,18 +89,7 @@ class Job:
 
 def make_job(config: Config, cluster: Cluster, vocab_size: int | None = None) -> Job:
     """Collect the shapes. Raises `CocomixError` where the vocabulary or the teacher's shape cannot be known."""
-    model = config.model
-    vocabulary = vocab_size or _vocabulary(config)
-    shape = StudentShape(
-        model.n_embd,
-        model.n_layer,
-        model.insert_layer,
-        vocabulary,
-        config.data.seq_len,
-        model.concept_dim,
-        model.concept_topk,
-        model.mixing,
-    )
+    shape = student_shape(config, vocab_size or _vocabulary(config))
     return Job(config, shape, _teacher(config), cluster)
 
 

@@ -9,8 +9,8 @@ import torch
 
 from cocomix.core.config import Config
 from cocomix.core.errors import CocomixError
-from cocomix.core.flops import StudentShape
 from cocomix.core.methods import LABELS, SOFT_TARGETS
+from cocomix.core.shapes import StudentShape
 from cocomix.costs.planner import make_job
 from cocomix.data.token_files import TokenFiles
 from cocomix.teacher.concept_teacher import ConceptTeacher

@@ -8,7 +8,7 @@ from torch import nn
 
 from cocomix.core.config import TeacherConfig
 from cocomix.core.errors import CocomixError
-from cocomix.core.flops import TeacherShape
+from cocomix.core.shapes import TeacherShape
 from cocomix.model.pretrained import fingerprint, load_language_model
 from cocomix.teacher.language_model import (
     DTYPES,

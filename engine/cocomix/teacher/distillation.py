@@ -8,7 +8,7 @@ import torch
 
 from cocomix.core.config import Config
 from cocomix.core.errors import CocomixError
-from cocomix.core.flops import TeacherShape
+from cocomix.core.shapes import TeacherShape
 from cocomix.model.pretrained import fingerprint, load_language_model
 from cocomix.teacher.language_model import DTYPES, check_head, fixed_passes, require_context
 from cocomix.teacher.shard_cache import ShardCache

@@ -8,8 +8,8 @@ import torch
 
 from cocomix.core.config import Config
 from cocomix.core.errors import CocomixError
-from cocomix.core.flops import TeacherShape
 from cocomix.core.methods import LABELS, SOFT_TARGETS
+from cocomix.core.shapes import TeacherShape
 from cocomix.data.token_files import TokenFiles
 from cocomix.distributed.ranks import rank_and_world
 from cocomix.teacher.concept_teacher import ConceptTeacher

@@ -14,7 +14,8 @@ from run_helpers import environment
 from cocomix.cli import main
 from cocomix.core.config import Config, load_config
 from cocomix.core.errors import CocomixError
-from cocomix.core.flops import StudentShape, TeacherShape, frozen_side, parameter_count
+from cocomix.core.flops import frozen_side, parameter_count
+from cocomix.core.shapes import StudentShape, TeacherShape
 from cocomix.costs.cluster import Cluster, known_clusters, load_cluster
 from cocomix.costs.footprint import CHUNK_BYTES, Setup, footprint
 from cocomix.costs.plan_text import describe
