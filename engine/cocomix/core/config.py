@@ -3,6 +3,8 @@
 import dataclasses
 import difflib
 import math
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,8 @@ LABELS_BY = ("attribution", "activation")
 ATTENTION_BACKENDS = ("torch", "triton", "flash", "cudnn")
 PRECISIONS = ("fp32", "bf16")
 ZERO_STAGES = (0, 1, 2, 3)
+
+RENAMED = {"labels": "concept_labels"}  # sections by the names that they had in earlier versions, which are still read
 
 
 @dataclass
@@ -87,7 +91,7 @@ class SaeConfig:
 
 
 @dataclass
-class LabelsConfig:
+class ConceptLabelsConfig:
     """Where concept labels come from: a cache, or the teacher itself while training."""
 
     cache: str | None = None  # a folder; `cocomix labels` writes it. None: online
@@ -153,7 +157,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     sae: SaeConfig = field(default_factory=SaeConfig)
-    labels: LabelsConfig = field(default_factory=LabelsConfig)
+    concept_labels: ConceptLabelsConfig = field(default_factory=ConceptLabelsConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)  # goes to DeepSpeed as it is
@@ -166,7 +170,7 @@ class Config:
 
     def cache_of(self, name: str) -> str | None:
         """The folder that `LABELS` or `SOFT_TARGETS` are read from; None: the teacher makes them while training."""
-        return {LABELS: self.labels.cache, SOFT_TARGETS: self.distillation.cache}[name]
+        return {LABELS: self.concept_labels.cache, SOFT_TARGETS: self.distillation.cache}[name]
 
     def title_of(self, name: str) -> str:
         """What the config's `LABELS` or `SOFT_TARGETS` are called."""
@@ -188,11 +192,15 @@ class Config:
 def load_config(path, overrides: list[str] = ()) -> Config:
     """Read a YAML file, apply `key.sub=value` overrides and validate.
 
-    A file may name another one under `base:` (relative to itself), whose settings it then changes. Raises
-    `CocomixError` for a missing file, an unknown key (with the nearest known one), a value of the wrong type and
-    values that contradict each other.
+    A file may name another one under `base:` (relative to itself), whose settings it then changes. A section's earlier
+    name (`RENAMED`) is read with a note on stderr. Raises `CocomixError` for a missing file, an unknown key (with the
+    nearest known one), a value of the wrong type, a section by two names and values that contradict each other.
     """
-    sources = [_read_with_base(Path(path), seen=[]), *(_read_override(text) for text in overrides)]
+    notes = []
+    sources = [_read_with_base(Path(path), [], notes), *(_read_override(text, notes) for text in overrides)]
+    _refuse_two_names({text.partition("=")[0].partition(".")[0] for text in overrides}, "overrides")
+    if notes and os.environ.get("RANK", "0") == "0":
+        print(f"note: {notes[0]}", file=sys.stderr)
     merged = OmegaConf.structured(Config)
     for source, where in sources:
         try:
@@ -209,7 +217,7 @@ def load_config(path, overrides: list[str] = ()) -> Config:
     return config
 
 
-def _read_with_base(path: Path, seen: list[Path]):
+def _read_with_base(path: Path, seen: list[Path], notes: list[str]):
     if path.resolve() in seen:
         raise CocomixError(f"{path}: its `base:` leads back to itself")
     try:
@@ -221,16 +229,17 @@ def _read_with_base(path: Path, seen: list[Path]):
     if not OmegaConf.is_dict(content):
         raise CocomixError(f"{path} holds no settings: expected sections such as `model:` and `train:`")
     base = content.pop("base", None)
+    content = _with_current_names(content, str(path), notes)
     _check_keys(content, Config, str(path))
     if base is not None:
         if not isinstance(base, str):
             raise CocomixError(f"{path}: `base:` must name a file, not {base}")
-        parent, _ = _read_with_base(path.parent / base, [*seen, path.resolve()])
+        parent, _ = _read_with_base(path.parent / base, [*seen, path.resolve()], notes)
         content = OmegaConf.merge(parent, content)
     return content, str(path)
 
 
-def _read_override(text: str):
+def _read_override(text: str, notes: list[str]):
     key, equals, _ = text.partition("=")
     if not equals or not key:
         raise CocomixError(f"override {text!r}: expected key.sub=value, for example train.lr=3e-4")
@@ -238,8 +247,30 @@ def _read_override(text: str):
         source = OmegaConf.from_dotlist([text])
     except Exception as error:
         raise CocomixError(f"override {text!r}: {error}") from None
+    source = _with_current_names(source, f"override {text!r}", notes)
     _check_keys(source, Config, f"override {text!r}")
     return source, f"override {text!r}"
+
+
+def current_name(name: str) -> str:
+    """The name that a section or setting ("labels.cache") of an earlier version has now."""
+    section, dot, key = name.partition(".")
+    return RENAMED.get(section, section) + dot + key
+
+
+def _with_current_names(source, where: str, notes: list[str]):
+    """A source's sections by their current names; `notes` gets what to tell the user."""
+    old = [name for name in source if name in RENAMED]
+    _refuse_two_names(source, where)
+    notes += [f"{where}: `{name}` is called `{RENAMED[name]}` now; the old name is still read" for name in old]
+    plain = OmegaConf.to_container(source, resolve=False)
+    return OmegaConf.create({RENAMED.get(name, name): value for name, value in plain.items()}) if old else source
+
+
+def _refuse_two_names(sections, where: str) -> None:
+    for old, new in RENAMED.items():
+        if old in sections and new in sections:
+            raise CocomixError(f"{where}: `{old}` is an old name of `{new}`: use {new} alone")
 
 
 def _check_keys(node, schema, where: str, prefix: str = "") -> None:
@@ -298,8 +329,8 @@ def _distillation_contradictions(config: Config) -> Iterator[str]:
         return
     if distillation.weight == 0:
         yield "distillation.cache is set but distillation.weight is 0: set the weight, or leave the cache out"
-    if distillation.cache == config.labels.cache:
-        yield f"labels.cache and distillation.cache are the same folder ({distillation.cache}): name two"
+    if distillation.cache == config.concept_labels.cache:
+        yield f"concept_labels.cache and distillation.cache are the same folder ({distillation.cache}): name two"
     if distillation.top_k is None:
         yield "distillation.cache needs distillation.top_k: the whole distribution of every token would fill any disk"
 

@@ -114,7 +114,11 @@ def _teacher(config):
     if not online:
         return None
     labels, soft_targets = LABELS in online, SOFT_TARGETS in online
-    cache = f", or set {'labels' if labels else 'distillation'}.cache" if labels or config.distillation.top_k else ""
+    cache = (
+        f", or set {'concept_labels' if labels else 'distillation'}.cache"
+        if labels or config.distillation.top_k
+        else ""
+    )
     if name is None:
         raise CocomixError(f"{online[0]} need a teacher: set teacher.model{cache}")
     known = GPT2_SIZES.get(name.removeprefix("openai-community/"))

@@ -28,7 +28,7 @@ def run(config: Config) -> None:
     wanted = config.learns_from or (LABELS,)  # labels depend on no student: others may learn from them
     wants_labels, wants_soft_targets = (name in wanted and config.cache_of(name) for name in (LABELS, SOFT_TARGETS))
     if not wants_labels and not wants_soft_targets:
-        setting = "labels.cache" if LABELS in wanted else "distillation.cache"
+        setting = "concept_labels.cache" if LABELS in wanted else "distillation.cache"
         raise CocomixError(f"{setting} is not set: name the folder that the {' and '.join(wanted)} should go to")
     if not config.learns_from and rank_and_world()[0] == 0:
         print(f"note: model.mixing={config.model.mixing} learns from no labels; these are for other students")
@@ -51,7 +51,7 @@ def _labels(config, tokens, device):
             "with fewer"
         )
     return teacher, LabelCache.create(
-        config.labels.cache, label_topk=config.teacher.label_topk, **_shape(config, tokens, teacher)
+        config.concept_labels.cache, label_topk=config.teacher.label_topk, **_shape(config, tokens, teacher)
     )
 
 
@@ -67,7 +67,7 @@ def _shape(config, tokens, teacher):
         "n_windows": tokens.split("train").n_windows(config.data.seq_len),
         "seq_len": config.data.seq_len,
         "fingerprints": data_fingerprints(config, tokens) | teacher.fingerprints(),
-        "shard_windows": config.labels.shard_windows,
+        "shard_windows": config.concept_labels.shard_windows,
     }
 
 

@@ -34,7 +34,7 @@ class Supervision:
         else."""
         caches, teachers = {}, {}
         if LABELS in config.learns_from:
-            if config.labels.cache:
+            if config.concept_labels.cache:
                 caches[LABELS] = _StudentsLabels(_open_labels(config, tokens), config.model.concept_dim)
             else:
                 teachers[LABELS] = _concept_teacher(config, tokens, device)
@@ -135,7 +135,11 @@ def _open_labels(config, tokens):
 
     known = {"layer": str(section.layer), "label_topk": str(section.label_topk), "labels_by": section.labels_by}
     return _open_checked(
-        LabelCache.open(config.labels.cache), config, tokens, known, made_by if section.model and section.sae else None
+        LabelCache.open(config.concept_labels.cache),
+        config,
+        tokens,
+        known,
+        made_by if section.model and section.sae else None,
     )
 
 

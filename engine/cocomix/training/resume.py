@@ -5,7 +5,7 @@ import hashlib
 from pathlib import Path
 
 import cocomix_kernels as kernels
-from cocomix.core.config import Config
+from cocomix.core.config import Config, current_name
 from cocomix.core.errors import CocomixError
 
 # Settings that a resumed run may change, with all below them. The first group leaves the trajectory alone (up to
@@ -23,7 +23,7 @@ MAY_CHANGE = (
     "teacher.model",
     "teacher.sae",
     "sae",
-    "labels",
+    "concept_labels",
     "distillation.cache",
     "train.run",
     "train.micro_batch",
@@ -80,6 +80,7 @@ def require_same_run(stored: dict, now: dict, checkpoint) -> list[str]:
     Both map names to JSON values. A setting that came with a later version than `stored` had its default then. What
     else only one of them has is not compared: the fingerprints of a teacher, for example, are not always known.
     """
+    stored = {current_name(name): value for name, value in stored.items()}
     stored = {**settings(Config()), "the labels' labels_by": "attribution", **stored}
     changes = {
         name: f"{name} was {stored[name]} and is {value}"
