@@ -26,7 +26,7 @@ from cocomix.model.model import CoCoMixForCausalLM
 from cocomix.teacher.extraction import run as make_labels
 from cocomix.teacher.label_cache import LabelCache
 from cocomix.teacher.sae import SparseAutoencoder
-from cocomix.teacher.supervision import data_fingerprints
+from cocomix.teacher.supervision_kind import data_fingerprints
 from cocomix.training.train_step import TrainStep
 
 SEQ_LEN, LATENTS, LABEL_TOPK, STEPS = 16, 64, 3, 12

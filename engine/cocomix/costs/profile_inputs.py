@@ -13,11 +13,11 @@ from cocomix.core.methods import LABELS, SOFT_TARGETS
 from cocomix.core.shapes import StudentShape
 from cocomix.costs.planner import make_job
 from cocomix.data.token_files import TokenFiles
+from cocomix.teacher.concept_labels import ConceptLabels
 from cocomix.teacher.concept_teacher import ConceptTeacher
 from cocomix.teacher.distillation import DistillationTeacher
 from cocomix.teacher.language_model import DTYPES
 from cocomix.teacher.sae import SparseAutoencoder
-from cocomix.teacher.supervision import require_concepts
 
 _WINDOWS = 2**20  # of random tokens; they are made when they are read
 _GPT2_VOCABULARY, _GPT2_CONTEXT = 50257, 1024  # GPT-2 124M, the paper's teacher
@@ -130,7 +130,7 @@ def build_teachers(config: Config, device: torch.device, vocab_size: int, at_ran
             if at_random
             else ConceptTeacher.from_config(config.teacher, device)
         )
-        require_concepts(config, made[LABELS])
+        ConceptLabels().require_fit(config, made[LABELS])
         model = made[LABELS].model
     if SOFT_TARGETS in config.learns_from:
         if model is None and at_random:

@@ -24,7 +24,7 @@ class LabelCache(ShardCache):
     ) -> "LabelCache":
         """Start a cache, or go on with the one that is there. Raises `CocomixError` where that one was made from
         something else, and where the disk has no room for all labels."""
-        return cls._start(
+        return cls.start(
             folder,
             n_windows=n_windows,
             seq_len=seq_len,

@@ -72,7 +72,7 @@ class ShardCache:
         raise NotImplementedError
 
     @classmethod
-    def _start(cls, folder, *, n_windows, seq_len, size, fingerprints, shard_windows):
+    def start(cls, folder, *, n_windows, seq_len, size, fingerprints, shard_windows):
         """Start a cache, or go on with the one that is there. Raises `CocomixError` where that one was made from
         something else, and where the disk has no room for all of it."""
         path = Path(folder) / "meta.json"

@@ -10,8 +10,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from cocomix.core.config import load_config
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import read_json, write_json
-from cocomix.teacher.distillation import DistillationTeacher, SoftTargetCache
+from cocomix.teacher.distillation import DistillationTeacher
 from cocomix.teacher.label_cache import LabelCache
+from cocomix.teacher.soft_target_cache import SoftTargetCache
 
 VOCABULARY, LENGTH, TOP = 50, 7, 4
 SHAPE = {"n_windows": 5, "seq_len": LENGTH, "top_k": TOP, "shard_windows": 2}

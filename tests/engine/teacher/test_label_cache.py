@@ -18,11 +18,13 @@ from cocomix import ConceptTeacher, LabelCache, SparseAutoencoder
 from cocomix.core.config import ConceptLabelsConfig, Config, DataConfig, TeacherConfig
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import read_json
+from cocomix.core.methods import CONCEPT_LABELS
 from cocomix.data.preparation import prepare
 from cocomix.data.token_files import TokenFiles
 from cocomix.data.windows import WindowDataset
 from cocomix.teacher.extraction import run
-from cocomix.teacher.supervision import LABELS, Supervision, require_vocabulary
+from cocomix.teacher.language_model import require_vocabulary
+from cocomix.teacher.supervision import Supervision
 
 SHAPE = {"n_windows": 10, "seq_len": 6, "label_topk": 3, "shard_windows": 4}  # shards of 4, 4 and 2 windows
 FINGERPRINTS = {
@@ -619,7 +621,7 @@ def test_the_first_rank_alone_loads_the_teacher_to_compare_it_with_the_cache(con
     for rank in (1, 0):
         as_rank(monkeypatch, rank, 2)
         assert len(loaded) == 0
-        assert Supervision.from_config(config, tokens, torch.device("cpu")).kind(LABELS) == "cached"
+        assert Supervision.from_config(config, tokens, torch.device("cpu")).kind(CONCEPT_LABELS) == "cached"
     assert len(loaded) == 1
     config.teacher.layer = 2
     as_rank(monkeypatch, 1, 2)

@@ -24,11 +24,12 @@ from run_helpers import (
 
 from cocomix.core.config import TrainConfig
 from cocomix.core.errors import CocomixError
+from cocomix.core.methods import CONCEPT_LABELS
 from cocomix.data.preparation import prepare
 from cocomix.data.token_files import TokenFiles
 from cocomix.distributed.ranks import Ranks
 from cocomix.report.runs import load_run
-from cocomix.teacher.supervision import LABELS, Supervision
+from cocomix.teacher.supervision import Supervision
 from cocomix.training.deepspeed_engine import deepspeed_config, learning_rate_factor
 from cocomix.training.trainer import Trainer
 
@@ -342,7 +343,7 @@ def test_cached_concepts_beyond_the_students_are_refused(world, capsys):
 
 
 def test_labels_are_not_read_where_there_is_no_mixing(world):
-    assert source(world, "model.mixing=none", "teacher.model=/nowhere").kind(LABELS) is None
+    assert source(world, "model.mixing=none", "teacher.model=/nowhere").kind(CONCEPT_LABELS) is None
 
 
 def test_too_little_memory_is_warned_of_before_the_first_step(world, monkeypatch, capsys):
