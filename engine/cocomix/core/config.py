@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cocomix.core.checks import checked, not_negative, one_of, positive, problems
 from cocomix.core.errors import CocomixError
-from cocomix.core.methods import LABELS, MIXING, SOFT_TARGETS, labels_name, predicts_concepts, soft_targets_name
+from cocomix.core.methods import MIXING, predicts_concepts
 
 LABELS_BY = ("attribution", "activation")
 ATTENTION_BACKENDS = ("torch", "triton", "flash", "cudnn")
@@ -161,22 +161,6 @@ class Config:
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)  # goes to DeepSpeed as it is
-
-    @property
-    def learns_from(self) -> tuple[str, ...]:
-        """What the student needs beside its tokens, of `methods.LABELS` and `methods.SOFT_TARGETS`."""
-        wanted = {LABELS: predicts_concepts(self.model.mixing), SOFT_TARGETS: self.distillation.weight > 0}
-        return tuple(name for name, is_wanted in wanted.items() if is_wanted)
-
-    def cache_of(self, name: str) -> str | None:
-        """The folder that `LABELS` or `SOFT_TARGETS` are read from; None: the teacher makes them while training."""
-        return {LABELS: self.concept_labels.cache, SOFT_TARGETS: self.distillation.cache}[name]
-
-    def title_of(self, name: str) -> str:
-        """What the config's `LABELS` or `SOFT_TARGETS` are called."""
-        return {LABELS: labels_name(self.teacher.labels_by), SOFT_TARGETS: soft_targets_name(self.distillation.top_k)}[
-            name
-        ]
 
     @property
     def tokens_per_step(self) -> int:

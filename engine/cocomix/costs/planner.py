@@ -27,6 +27,7 @@ from cocomix.core.methods import LABELS, SOFT_TARGETS, doubles_sequence, mixes_c
 from cocomix.core.shapes import StudentShape, TeacherShape, student_shape
 from cocomix.costs.cluster import Cluster
 from cocomix.costs.footprint import WIDE, Footprint, Setup, footprint
+from cocomix.teacher.supervision import learns_from, wanted_kinds
 
 # Shapes by name, so that a plan needs no download: width, blocks, vocabulary.
 GPT2_SIZES = {"gpt2": (768, 12), "gpt2-medium": (1024, 24), "gpt2-large": (1280, 36), "gpt2-xl": (1600, 48)}
@@ -110,7 +111,7 @@ def _vocabulary(config):
 def _teacher(config):
     """The shape of what runs beside training, None where all comes from caches or nothing is needed."""
     name = config.teacher.model
-    online = [source for source in config.learns_from if config.cache_of(source) is None]
+    online = [kind.name for kind in wanted_kinds(config) if not kind.cache_folder(config)]
     if not online:
         return None
     labels, soft_targets = LABELS in online, SOFT_TARGETS in online
@@ -341,7 +342,7 @@ def _setup(job, stage, gpus, micro_batch, global_batch, **more):
 
 def _soft_targets(job):
     """The settings of a `Setup` that distillation decides."""
-    if SOFT_TARGETS not in job.config.learns_from:
+    if SOFT_TARGETS not in learns_from(job.config):
         return {}
     top_k = job.config.distillation.top_k
     if top_k is not None:

@@ -25,6 +25,11 @@ def wanted_kinds(config: Config) -> tuple[SupervisionKind, ...]:
     return tuple(kind for kind in KINDS if kind.is_wanted(config))
 
 
+def learns_from(config: Config) -> tuple[str, ...]:
+    """The names of the kinds that the config's student learns from."""
+    return tuple(kind.name for kind in wanted_kinds(config))
+
+
 class Supervision:
     """What a student needs beside its tokens, by the names of its kinds: read from `caches`, or made by `teachers`.
 
