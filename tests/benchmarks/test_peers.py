@@ -12,7 +12,8 @@ from cocomix import CoCoMixConfig, CoCoMixForCausalLM, ConceptTeacher, SparseAut
 from cocomix.cli import main
 from cocomix.core import machine
 from cocomix.core.files import read_json
-from cocomix.core.flops import StudentShape, TeacherShape, forward_parts, ntp_forward
+from cocomix.core.flops import forward_parts, ntp_forward
+from cocomix.core.shapes import StudentShape, TeacherShape
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # programs, not part of the package
 import peers  # noqa: E402

@@ -121,7 +121,7 @@ def test_a_point_is_profiled_and_predicted_at_the_same_settings(config_file, mon
     assert settings == expected and ("torch.distributed.run" in command) == (ranks > 1)
     assert ranks == 1 or command[command.index("--nproc-per-node") + 1] == str(ranks)
     assert command[command.index("--rounds") + 1] == "7" and command[command.index("--labels") + 1] == "cached"
-    there = load_config(config_file, sorted(settings) + ["labels.cache=cached"])
+    there = load_config(config_file, sorted(settings) + ["concept_labels.cache=cached"])
     assert scaling.at(config, name, value) == there
 
 
@@ -140,7 +140,7 @@ def test_running_out_of_memory_is_told_from_other_failures(config_file, monkeypa
 
 
 def test_predictions_are_those_of_the_planner_at_the_measured_rate(config_file):
-    config = load_config(config_file, ["labels.cache=cached"])
+    config = load_config(config_file, ["concept_labels.cache=cached"])
     cluster = scaling.cluster_of(profile(), CPU)
     assert cluster.product_tflops == cluster.fp32_tflops == cluster.attention_tflops == pytest.approx(0.2)
     assert 1e9 < cluster.memory_tb_s * 1e12 < 2e12

@@ -48,7 +48,7 @@ def test_from_a_few_kilobytes_of_text_to_a_report(tmp_path, capsys):
     world = World(tmp_path)
     shutil.rmtree(tmp_path / "data")
     teacher = ["model.mixing=none", "train.run=OUT/teacher-run"]
-    student = ["teacher.model=OUT/teacher-run/model", "labels.cache=OUT/labels"]
+    student = ["teacher.model=OUT/teacher-run/model", "concept_labels.cache=OUT/labels"]
     assert call(world, "data") == 0 and call(world, "data") == 0
     assert "is up to date" in capsys.readouterr().out
     assert call(world, "train", *teacher) == 0
@@ -192,11 +192,11 @@ def test_unknown_arguments_end_with_exit_code_2(arguments, capsys):
         ("train", ["teacher.sae=OUT/sae-wide"], "it was trained on another model"),
         ("train", ["teacher.sae=OUT/nothing"], "no SAE at"),
         ("train", ["teacher.layer=2"], "the teacher has blocks 0 to 1"),
-        ("train", ["labels.cache=OUT/nowhere"], "the label cache"),
+        ("train", ["concept_labels.cache=OUT/nowhere"], "the label cache"),
         ("train", ["train.run=OUT/config.yaml", "model.mixing=none"], "File exists"),
-        ("labels", [], "labels.cache is not set"),
-        ("labels", ["labels.cache=OUT/new", "teacher.sae=OUT/sae-wide"], "it was trained on another model"),
-        ("labels", ["labels.cache=OUT/new", "teacher.model=OUT/nobody"], "cannot load"),
+        ("labels", [], "concept_labels.cache is not set"),
+        ("labels", ["concept_labels.cache=OUT/new", "teacher.sae=OUT/sae-wide"], "it was trained on another model"),
+        ("labels", ["concept_labels.cache=OUT/new", "teacher.model=OUT/nobody"], "cannot load"),
         ("sae", ["teacher.sae=OUT/new-sae", "sae.k=65"], "sae.k (65) must be at most sae.n_latents (64)"),
         ("sae", ["teacher.sae=OUT/text"], "was not written by `cocomix sae`"),
         ("data", ["data.folder=OUT/new", "data.text=[OUT/nothing]"], "there is no file or folder"),
@@ -268,7 +268,7 @@ def break_tokens(folder, kind):
 def test_damaged_token_files_are_refused(world, tmp_path, capsys, command, kind):
     shutil.copytree(world.folder / "data", tmp_path / "data")
     message = break_tokens(tmp_path / "data", kind)
-    overrides = [f"data.folder={tmp_path}/data", f"train.run={tmp_path}/run", f"labels.cache={tmp_path}/cache"]
+    overrides = [f"data.folder={tmp_path}/data", f"train.run={tmp_path}/run", f"concept_labels.cache={tmp_path}/cache"]
     overrides[2:] = overrides[2:] if command == "labels" else []
     overrides += [f"teacher.sae={tmp_path}/sae"] if command == "sae" else []
     assert call(world, command, *overrides) == 2
@@ -295,7 +295,7 @@ def test_an_sae_file_that_needs_unpickling_is_refused(world, tmp_path, capsys):
     ("command", "overrides"),
     [
         ("data", ["data.folder=NEW/data"]),
-        ("labels", ["labels.cache=NEW/cache"]),
+        ("labels", ["concept_labels.cache=NEW/cache"]),
         ("sae", ["teacher.sae=NEW/sae"]),
     ],
 )
@@ -334,7 +334,7 @@ def killed(function, at_call):
     ("command", "overrides", "target", "at_call"),
     [
         ("data", ["data.folder=NEW/data"], "cocomix.data.preparation.Splitter.__call__", 20),
-        ("labels", ["labels.cache=NEW/cache"], "cocomix.teacher.concept_teacher.ConceptTeacher.labels", 4),
+        ("labels", ["concept_labels.cache=NEW/cache"], "cocomix.teacher.concept_teacher.ConceptTeacher.labels", 4),
         ("sae", ["teacher.sae=NEW/sae"], "cocomix.teacher.sae_training.train_step", 5),
     ],
 )

@@ -44,7 +44,7 @@ SETTINGS = [
     f"train.save_every={SAVE_EVERY}",
     "train.eval_every=12",
     "train.eval_windows=8",
-    "labels.shard_windows=8",
+    "concept_labels.shard_windows=8",
 ]
 LOGGED = ("loss", "ntp_loss", "concept_loss", "lr", "grad_norm", "perplexity")
 MOST_KILLS = 8  # of one run, so that all kinds of runs have their turn
@@ -248,7 +248,7 @@ class Labels(Story):
         self._config, self._expected, self._files = config, contents(reference), set()
 
     def arguments(self):
-        return ["labels", str(self._config), f"labels.cache={self.folder}", *SETTINGS]
+        return ["labels", str(self._config), f"concept_labels.cache={self.folder}", *SETTINGS]
 
     def reached(self, kill, since):
         if kill.moment == "start-up":
@@ -309,10 +309,10 @@ def require_whole(checkpoint: Path) -> None:
 
 
 VARIANTS = {  # name: overrides; WORLD is the world's folder
-    "ZeRO 0": [*stage(0), "labels.cache=WORLD/labels"],
-    "ZeRO 1, bf16": [*stage(1), "train.precision=bf16", "labels.cache=WORLD/labels"],
+    "ZeRO 0": [*stage(0), "concept_labels.cache=WORLD/labels"],
+    "ZeRO 1, bf16": [*stage(1), "train.precision=bf16", "concept_labels.cache=WORLD/labels"],
     "ZeRO 2, online labels": stage(2),
-    "ZeRO 3": [*stage(3), "labels.cache=WORLD/labels"],
+    "ZeRO 3": [*stage(3), "concept_labels.cache=WORLD/labels"],
 }
 
 

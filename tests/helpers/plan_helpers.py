@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import torch
 
-from cocomix.core.flops import StudentShape
+from cocomix.core.shapes import StudentShape
 
 SHAPE = {"n_embd": 64, "n_layer": 4, "insert_layer": 1, "vocab_size": 1500, "concept_dim": 1024, "concept_topk": 4}
 N_HEAD, SEQ_LEN, MICRO_BATCH, STEPS = 4, 64, 2, 2

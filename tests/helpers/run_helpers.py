@@ -26,7 +26,7 @@ from cocomix.model.model import CoCoMixForCausalLM
 from cocomix.teacher.extraction import run as make_labels
 from cocomix.teacher.label_cache import LabelCache
 from cocomix.teacher.sae import SparseAutoencoder
-from cocomix.teacher.supervision import data_fingerprints
+from cocomix.teacher.supervision_kind import data_fingerprints
 from cocomix.training.train_step import TrainStep
 
 SEQ_LEN, LATENTS, LABEL_TOPK, STEPS = 16, 64, 3, 12
@@ -46,7 +46,7 @@ model: {{n_embd: 32, n_layer: 3, n_head: 2, mixing: interleave, concept_dim: {LA
 teacher: {{model: "${{out}}/teacher", sae: "${{out}}/sae", layer: 1, label_topk: {LABEL_TOPK}}}
 sae: {{n_latents: {LATENTS}, k: 4, tokens: 4096, batch_tokens: 256, warmup_steps: 2, aux_k: 8,
       dead_after_tokens: 2000}}
-labels: {{shard_windows: 64}}
+concept_labels: {{shard_windows: 64}}
 train: {{run: "${{out}}/run", tokens: {STEPS * 8 * SEQ_LEN}, global_batch: 8, micro_batch: 4, lr: 1e-3,
         warmup_steps: 3, log_every: 1, eval_every: 6, save_every: 4, tensorboard: false}}
 """
@@ -260,7 +260,7 @@ def labelled_world(folder: Path) -> World:
     world = World(folder)
     world.add_teacher()
     world.add_uneven_labels("uneven")
-    make_labels(world.load(f"labels.cache={folder}/labels"))
+    make_labels(world.load(f"concept_labels.cache={folder}/labels"))
     return world
 
 
@@ -272,7 +272,7 @@ def reference_run(world, *overrides, skipped=(), loss_of=None):
     """
     config = world.load(*overrides)
     train, tokens = config.train, TokenFiles.open(config.data.folder)
-    cache = LabelCache.open(config.labels.cache) if config.labels.cache else None
+    cache = LabelCache.open(config.concept_labels.cache) if config.concept_labels.cache else None
     split = tokens.split("train")
     torch.manual_seed(train.seed)
     shape = {**vars(config.model), "vocab_size": tokens.vocab_size, "n_positions": SEQ_LEN}
@@ -306,4 +306,4 @@ def stage(number: int) -> list[str]:
 
 def uneven(world, *more) -> list[str]:
     """Overrides that take the unevenly spread labels."""
-    return [f"labels.cache={world.folder}/uneven", "teacher.model=null", "teacher.sae=null", *more]
+    return [f"concept_labels.cache={world.folder}/uneven", "teacher.model=null", "teacher.sae=null", *more]

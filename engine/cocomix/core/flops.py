@@ -6,40 +6,12 @@ What a flash attention computes again in its backward pass is not counted, nor a
 """
 
 import dataclasses
-from dataclasses import dataclass
 
 from cocomix.core.methods import doubles_sequence, mixes_concepts, predicts_concepts
+from cocomix.core.shapes import StudentShape, TeacherShape
 
 MULTIPLY_ADD = 2  # floating-point operations in a multiply-accumulate
 TRAINED = 3  # forward and backward pass together, in forward passes
-
-
-@dataclass(frozen=True)
-class StudentShape:
-    """Width d, blocks L, first doubled block l, vocabulary V, context T in tokens, concepts C and k of them kept."""
-
-    n_embd: int
-    n_layer: int
-    insert_layer: int
-    vocab_size: int
-    seq_len: int
-    concept_dim: int
-    concept_topk: int
-    mixing: str = "interleave"
-
-
-@dataclass(frozen=True)
-class TeacherShape:
-    """Width, blocks and vocabulary of the teacher, the block m that its SAE reads, the SAE's latents, what picks labels
-    among them ("attribution" or "activation"), and whether the teacher gives soft targets for distillation too."""
-
-    n_embd: int
-    n_layer: int
-    layer: int
-    vocab_size: int
-    n_latents: int
-    labels_by: str | None = "attribution"  # None: it gives no labels
-    soft_targets: bool = False
 
 
 def forward_parts(shape: StudentShape) -> dict[str, int]:

@@ -7,7 +7,9 @@ pause       one learned vector stands in each concept's place: the doubled seque
 none        next-token prediction
 """
 
-LABELS, SOFT_TARGETS = "labels", "soft targets"  # what a student may learn from beside its tokens
+# What a student may learn from beside its tokens, as messages and the fingerprints in checkpoints name it
+CONCEPT_LABELS, SOFT_TARGETS = "labels", "soft targets"
+LABELS = CONCEPT_LABELS
 MIXING = ("interleave", "add", "predict", "pause", "none")
 _TITLES = {
     "interleave": "CoCoMix",
@@ -35,7 +37,7 @@ def mixes_concepts(mixing: str) -> bool:
 
 def labels_name(labels_by: str) -> str:
     """What the labels that are picked by this rule are called."""
-    return LABELS if labels_by == "attribution" else f"{LABELS} by {labels_by}"
+    return CONCEPT_LABELS if labels_by == "attribution" else f"{CONCEPT_LABELS} by {labels_by}"
 
 
 def soft_targets_name(top_k: int | None) -> str:

@@ -13,8 +13,9 @@ bucket of `reduce_bucket_size` elements and its copy while gradients are average
 import math
 from dataclasses import dataclass
 
-from cocomix.core.flops import StudentShape, TeacherShape, block_parameters, gpt2_parameters, parameter_sizes
+from cocomix.core.flops import block_parameters, gpt2_parameters, parameter_sizes
 from cocomix.core.methods import doubles_sequence, mixes_concepts, predicts_concepts
+from cocomix.core.shapes import StudentShape, TeacherShape
 
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 500 * 2**20}  # of concept logits that exist at once
 _LM_HEAD_ROWS_ON_CPU = 128

@@ -8,6 +8,7 @@ from cocomix.core.flops import parameter_count, training_flops
 from cocomix.core.methods import SOFT_TARGETS
 from cocomix.costs.cluster import load_cluster
 from cocomix.costs.planner import Plan, gigabytes, make_job, make_plan, predict, settings_of
+from cocomix.teacher.supervision import learns_from, wanted_kinds
 
 
 def run(config: Config, gpus: list[int], cluster: str, vocab_size: int | None = None, json_file=None) -> None:
@@ -76,9 +77,9 @@ def describe(plan: Plan) -> str:
 def _mode(job):
     config = job.config
     sources = [
-        f"{'cached' if config.cache_of(name) else 'online'} {config.title_of(name)}" for name in config.learns_from
+        f"{'cached' if kind.cache_folder(config) else 'online'} {kind.title(config)}" for kind in wanted_kinds(config)
     ]
-    distils = ["distillation"] * (SOFT_TARGETS in config.learns_from)
+    distils = ["distillation"] * (SOFT_TARGETS in learns_from(config))
     return ", ".join([f"mixing {job.shape.mixing}", *distils, *sources])
 
 

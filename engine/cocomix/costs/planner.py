@@ -17,8 +17,6 @@ from cocomix.core.errors import CocomixError
 from cocomix.core.flops import (
     MULTIPLY_ADD,
     TRAINED,
-    StudentShape,
-    TeacherShape,
     forward_parts,
     frozen_side,
     parameter_count,
@@ -26,8 +24,10 @@ from cocomix.core.flops import (
     training_flops,
 )
 from cocomix.core.methods import LABELS, SOFT_TARGETS, doubles_sequence, mixes_concepts, predicts_concepts
+from cocomix.core.shapes import StudentShape, TeacherShape, student_shape
 from cocomix.costs.cluster import Cluster
 from cocomix.costs.footprint import WIDE, Footprint, Setup, footprint
+from cocomix.teacher.supervision import learns_from, wanted_kinds
 
 # Shapes by name, so that a plan needs no download: width, blocks, vocabulary.
 GPT2_SIZES = {"gpt2": (768, 12), "gpt2-medium": (1024, 24), "gpt2-large": (1280, 36), "gpt2-xl": (1600, 48)}
@@ -90,18 +90,7 @@ class Job:
 
 def make_job(config: Config, cluster: Cluster, vocab_size: int | None = None) -> Job:
     """Collect the shapes. Raises `CocomixError` where the vocabulary or the teacher's shape cannot be known."""
-    model = config.model
-    vocabulary = vocab_size or _vocabulary(config)
-    shape = StudentShape(
-        model.n_embd,
-        model.n_layer,
-        model.insert_layer,
-        vocabulary,
-        config.data.seq_len,
-        model.concept_dim,
-        model.concept_topk,
-        model.mixing,
-    )
+    shape = student_shape(config, vocab_size or _vocabulary(config))
     return Job(config, shape, _teacher(config), cluster)
 
 
@@ -122,11 +111,15 @@ def _vocabulary(config):
 def _teacher(config):
     """The shape of what runs beside training, None where all comes from caches or nothing is needed."""
     name = config.teacher.model
-    online = [source for source in config.learns_from if config.cache_of(source) is None]
+    online = [kind.name for kind in wanted_kinds(config) if not kind.cache_folder(config)]
     if not online:
         return None
     labels, soft_targets = LABELS in online, SOFT_TARGETS in online
-    cache = f", or set {'labels' if labels else 'distillation'}.cache" if labels or config.distillation.top_k else ""
+    cache = (
+        f", or set {'concept_labels' if labels else 'distillation'}.cache"
+        if labels or config.distillation.top_k
+        else ""
+    )
     if name is None:
         raise CocomixError(f"{online[0]} need a teacher: set teacher.model{cache}")
     known = GPT2_SIZES.get(name.removeprefix("openai-community/"))
@@ -349,7 +342,7 @@ def _setup(job, stage, gpus, micro_batch, global_batch, **more):
 
 def _soft_targets(job):
     """The settings of a `Setup` that distillation decides."""
-    if SOFT_TARGETS not in job.config.learns_from:
+    if SOFT_TARGETS not in learns_from(job.config):
         return {}
     top_k = job.config.distillation.top_k
     if top_k is not None:

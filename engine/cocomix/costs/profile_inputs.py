@@ -9,15 +9,16 @@ import torch
 
 from cocomix.core.config import Config
 from cocomix.core.errors import CocomixError
-from cocomix.core.flops import StudentShape
 from cocomix.core.methods import LABELS, SOFT_TARGETS
+from cocomix.core.shapes import StudentShape
 from cocomix.costs.planner import make_job
 from cocomix.data.token_files import TokenFiles
+from cocomix.teacher.concept_labels import ConceptLabels
 from cocomix.teacher.concept_teacher import ConceptTeacher
 from cocomix.teacher.distillation import DistillationTeacher
 from cocomix.teacher.language_model import DTYPES
 from cocomix.teacher.sae import SparseAutoencoder
-from cocomix.teacher.supervision import require_concepts
+from cocomix.teacher.supervision import learns_from
 
 _WINDOWS = 2**20  # of random tokens; they are made when they are read
 _GPT2_VOCABULARY, _GPT2_CONTEXT = 50257, 1024  # GPT-2 124M, the paper's teacher
@@ -106,9 +107,9 @@ def student_shape(config: Config, vocab_size: int | None) -> StudentShape:
 def random_caches(config: Config, vocab_size: int) -> dict:
     """What caches would hold for the config's student, at random."""
     length, made = config.data.seq_len, {}
-    if LABELS in config.learns_from:
+    if LABELS in learns_from(config):
         made[LABELS] = RandomLabels(config.model.concept_dim, length, config.teacher.label_topk)
-    if SOFT_TARGETS in config.learns_from:
+    if SOFT_TARGETS in learns_from(config):
         if config.distillation.top_k is None:
             raise CocomixError(
                 "whole distributions are never cached: profile --labels online alone, or set distillation.top_k"
@@ -124,15 +125,15 @@ def build_teachers(config: Config, device: torch.device, vocab_size: int, at_ran
     arithmetic does not depend. Raises `CocomixError` where they cannot be loaded or do not fit the student.
     """
     made, model = {}, None
-    if LABELS in config.learns_from:
+    if LABELS in learns_from(config):
         made[LABELS] = (
             _random_teacher(config, device, vocab_size)
             if at_random
             else ConceptTeacher.from_config(config.teacher, device)
         )
-        require_concepts(config, made[LABELS])
+        ConceptLabels().require_fit(config, made[LABELS])
         model = made[LABELS].model
-    if SOFT_TARGETS in config.learns_from:
+    if SOFT_TARGETS in learns_from(config):
         if model is None and at_random:
             model = _random_gpt2(config, device, vocab_size)
         made[SOFT_TARGETS] = DistillationTeacher.from_config(config, vocab_size, device, model)

@@ -21,7 +21,7 @@ from cocomix.core.methods import LABELS, SOFT_TARGETS, method_title, mixes_conce
 from cocomix.costs.profile_inputs import baseline, build_teachers, open_tokens, random_caches, student_shape
 from cocomix.costs.step_parts import OPTIMIZER, Timeline, marked, marked_updates
 from cocomix.distributed.ranks import Ranks
-from cocomix.teacher.supervision import Supervision, teacher_shape
+from cocomix.teacher.supervision import Supervision, learns_from, teacher_shape, wanted_kinds
 from cocomix.training.deepspeed_engine import build_engine
 from cocomix.training.train_step import TrainStep, build_student, training_batches
 
@@ -92,7 +92,7 @@ class Profile:
     """
 
     def __init__(self, config: Config, options: Options, ranks: Ranks, windows: dict[str, int] | None = None):
-        if config.model.mixing == "none" and not config.learns_from:
+        if config.model.mixing == "none" and not learns_from(config):
             raise CocomixError(
                 "model.mixing is none and distillation.weight is 0, which leaves nothing to compare: "
                 "pass --mixing interleave, or set distillation.weight"
@@ -120,7 +120,7 @@ class Profile:
             gc.unfreeze()
 
     def _kinds(self):
-        config, wanted = self.config, self.config.learns_from
+        config, wanted = self.config, learns_from(self.config)
         if not wanted:
             if self.options.labels:
                 raise CocomixError(
@@ -170,8 +170,8 @@ class Profile:
             self._first_steps(mode)
 
     def _title(self, kind):
-        sources = " and ".join(map(self.config.title_of, self.config.learns_from))
-        method = method_title(self.config.model.mixing, SOFT_TARGETS in self.config.learns_from)
+        sources = " and ".join(kind.title(self.config) for kind in wanted_kinds(self.config))
+        method = method_title(self.config.model.mixing, SOFT_TARGETS in learns_from(self.config))
         return method if kind == ALONE else f"{method}, {kind} {sources}"
 
     def _student(self, name, config):
@@ -321,7 +321,7 @@ def _load_peers(options, config):
             f"--against needs the programs in benchmarks/, which are not part of the installed package: there is no "
             f"{folder}; run it from a checkout, installed with pip install -e ."
         )
-    has_public_form = mixes_concepts(config.model.mixing) and config.learns_from == (LABELS,)
+    has_public_form = mixes_concepts(config.model.mixing) and learns_from(config) == (LABELS,)
     if PUBLIC in options.against and not (has_public_form and config.teacher.labels_by == "attribution"):
         raise CocomixError(
             "--against public needs model.mixing=interleave or add, labels by attribution and no "

@@ -55,7 +55,7 @@ from cocomix.costs.profile_session import NTP, Options, OutOfMemory, Profile
 from cocomix.costs.profile_text import describe_profile
 from cocomix.costs.step_parts import PARTS
 from cocomix.distributed.ranks import process_group
-from cocomix.teacher.supervision import teacher_shape
+from cocomix.teacher.supervision import learns_from, teacher_shape, wanted_kinds
 
 PAPER_SAVING = 0.215  # CoCoMix (arXiv 2502.08524), abstract: 1.38B parameters, 200B tokens
 
@@ -131,8 +131,8 @@ def results(profile: Profile) -> dict:
             "ranks": ranks.world,
             "seq_len": shape.seq_len,
             "mixing": shape.mixing,
-            "method": method_title(shape.mixing, SOFT_TARGETS in config.learns_from),
-            "learns_from": [config.title_of(name) for name in config.learns_from],
+            "method": method_title(shape.mixing, SOFT_TARGETS in learns_from(config)),
+            "learns_from": [kind.title(config) for kind in wanted_kinds(config)],
             "tokens": "random" if isinstance(profile.split, RandomTokens) else "files",
             "teacher": None if teacher is None else "random" if options.random_teacher else "config",
             "rounds": profile.rounds,

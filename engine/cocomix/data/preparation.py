@@ -12,6 +12,7 @@ from tqdm import tqdm
 from cocomix.core.config import DataConfig
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import atomic_folder, atomic_write, require_space, sha256_of_file, write_json
+from cocomix.core.origin import differences
 from cocomix.data.sources import Source, open_sources
 from cocomix.data.text import (
     TOKEN_DTYPE,
@@ -84,11 +85,7 @@ def _settings(config: DataConfig) -> dict:
 
 def _require_same(files: "TokenFiles", made_from: dict) -> None:
     was, now = files.meta["settings"], made_from["settings"]
-    changes = [
-        f"data.{name} was {was.get(name)!r} and is {now.get(name)!r}"
-        for name in sorted({*was, *now})
-        if was.get(name) != now.get(name)
-    ]
+    changes = [f"data.{found.name} was {found.stored!r} and is {found.present!r}" for found in differences(was, now)]
     if was.get("text") == now["text"]:
         for old, new in zip(files.meta["sources"], made_from["sources"], strict=False):
             if old != new:

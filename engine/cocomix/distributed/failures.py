@@ -13,6 +13,7 @@ from torch.distributed import DistError, DistStoreError, PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
 from cocomix.core.errors import CocomixError
+from cocomix.core.origin import differences
 from cocomix.distributed.ranks import Ranks
 
 _ROLL_CALL_S = 20  # the ranks' collectives fail at nearly the same time
@@ -32,9 +33,7 @@ def require_agreement(ranks: Ranks, identity: dict) -> None:
         return
     first = ranks.from_first(identity)
     differing = [
-        f"{name} is {identity.get(name)} and {first.get(name)} on rank 0"
-        for name in sorted(identity.keys() | first.keys())
-        if identity.get(name) != first.get(name)
+        f"{found.name} is {found.present} and {found.stored} on rank 0" for found in differences(first, identity)
     ]
     message = ranks.first_of(f"on {_this_rank(ranks)} {'; '.join(differing)}" if differing else None)
     raise CocomixError(f"the ranks disagree: {message}. Give all of them the same config, data and code")

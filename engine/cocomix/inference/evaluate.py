@@ -17,7 +17,7 @@ def evaluate_checkpoint(checkpoint, data=None, seq_len: int | None = None, batch
     from cocomix.data.token_files import TokenFiles
     from cocomix.distributed.export import description_folder, find_model, load_model
     from cocomix.distributed.ranks import own_device
-    from cocomix.teacher.supervision import require_vocabulary
+    from cocomix.teacher.language_model import require_vocabulary
 
     if batch < 1 or windows < 0:
         raise CocomixError(f"--batch is {batch} and --windows {windows}: expected at least 1 and at least 0 (all)")

@@ -8,7 +8,7 @@ from torch import nn
 
 from cocomix.core.config import TeacherConfig
 from cocomix.core.errors import CocomixError
-from cocomix.core.flops import TeacherShape
+from cocomix.core.shapes import TeacherShape
 from cocomix.model.pretrained import fingerprint, load_language_model
 from cocomix.teacher.language_model import (
     DTYPES,
@@ -47,15 +47,19 @@ class ConceptTeacher:
         self._block, self._head_weight = transformer_blocks(model)[layer], model.get_output_embeddings().weight
 
     @classmethod
-    def from_config(cls, config: TeacherConfig, device: torch.device) -> "ConceptTeacher":
-        """Load teacher and SAE as the config's `teacher:` section says. Raises `CocomixError` where it cannot."""
+    def from_config(
+        cls, config: TeacherConfig, device: torch.device, model: nn.Module | None = None
+    ) -> "ConceptTeacher":
+        """Load teacher and SAE as the config's `teacher:` section says; the language model may be there already.
+        Raises `CocomixError` where it cannot."""
         from cocomix.teacher.sae import SparseAutoencoder
 
         for key in ("model", "sae"):
             if not getattr(config, key):
                 raise CocomixError(f"concept labels need teacher.{key}: set it to a path")
         dtype = DTYPES[config.dtype]
-        model = load_language_model(config.model).to(device, dtype)
+        if model is None:
+            model = load_language_model(config.model).to(device, dtype)
         sae = SparseAutoencoder.load(config.sae, config.sae_k).to(device, dtype)
         return cls(model, sae, config.layer, config.label_topk, config.labels_by)
 

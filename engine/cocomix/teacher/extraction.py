@@ -1,5 +1,6 @@
 """`cocomix labels`: what a frozen teacher says about every token, computed once and kept."""
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -7,68 +8,34 @@ from tqdm import tqdm
 
 from cocomix.core.config import Config
 from cocomix.core.errors import CocomixError
-from cocomix.core.methods import LABELS, SOFT_TARGETS
 from cocomix.data.token_files import TokenFiles
 from cocomix.distributed.ranks import own_device, rank_and_world
-from cocomix.teacher.concept_teacher import ConceptTeacher
-from cocomix.teacher.distillation import SoftTargetCache
-from cocomix.teacher.label_cache import NONE, LabelCache
+from cocomix.teacher.concept_labels import ConceptLabels
 from cocomix.teacher.shard_cache import ShardCache
-from cocomix.teacher.supervision import data_fingerprints, distillation_teacher, require_vocabulary
+from cocomix.teacher.supervision import wanted_kinds
 
 
 def run(config: Config) -> None:
-    """`cocomix labels`: fill the caches that the config names, of concept labels and of soft targets for distillation,
-    together with the other ranks, which need no more than a common folder.
+    """`cocomix labels`: fill the caches that the config names, of all that its student learns from, together with the
+    other ranks, which need no more than a common folder.
 
     Each rank verifies and completes every `world`-th shard, then makes what others have left over: a rank that died or
     never started. Run again, it goes on where it stopped, and makes damaged shards anew. Raises `CocomixError` where
     teacher, SAE, token files or cache do not fit.
     """
-    wanted = config.learns_from or (LABELS,)  # labels depend on no student: others may learn from them
-    wants_labels, wants_soft_targets = (name in wanted and config.cache_of(name) for name in (LABELS, SOFT_TARGETS))
-    if not wants_labels and not wants_soft_targets:
-        setting = "labels.cache" if LABELS in wanted else "distillation.cache"
-        raise CocomixError(f"{setting} is not set: name the folder that the {' and '.join(wanted)} should go to")
-    if not config.learns_from and rank_and_world()[0] == 0:
+    wanted = wanted_kinds(config) or (ConceptLabels(),)  # they depend on no student: others may learn from them
+    cached = [kind for kind in wanted if kind.cache_folder(config)]
+    if not cached:
+        names = " and ".join(kind.name for kind in wanted)
+        raise CocomixError(f"{wanted[0].cache_class.setting} is not set: name the folder that the {names} should go to")
+    if not wanted_kinds(config) and rank_and_world()[0] == 0:
         print(f"note: model.mixing={config.model.mixing} learns from no labels; these are for other students")
-    device, tokens = own_device(), TokenFiles.open(config.data.folder)
-    teacher = None
-    if wants_labels:
-        teacher, cache = _labels(config, tokens, device)
-        _fill(cache, tokens, lambda ids: teacher.labels(ids).cpu(), device)
-    if wants_soft_targets:
-        soft_teacher, cache = _soft_targets(config, tokens, device, teacher)
-        _fill(cache, tokens, soft_teacher.targets, device)
-
-
-def _labels(config, tokens, device):
-    teacher = ConceptTeacher.from_config(config.teacher, device)
-    require_vocabulary(teacher.model, tokens)
-    if teacher.sae.n_latents > NONE:
-        raise CocomixError(
-            f"teacher.sae has {teacher.sae.n_latents} latents, but a label cache numbers at most {NONE}: take an SAE "
-            "with fewer"
-        )
-    return teacher, LabelCache.create(
-        config.labels.cache, label_topk=config.teacher.label_topk, **_shape(config, tokens, teacher)
-    )
-
-
-def _soft_targets(config, tokens, device, other):
-    teacher = distillation_teacher(config, tokens, device, other)
-    return teacher, SoftTargetCache.create(
-        config.distillation.cache, top_k=config.distillation.top_k, **_shape(config, tokens, teacher)
-    )
-
-
-def _shape(config, tokens, teacher):
-    return {
-        "n_windows": tokens.split("train").n_windows(config.data.seq_len),
-        "seq_len": config.data.seq_len,
-        "fingerprints": data_fingerprints(config, tokens) | teacher.fingerprints(),
-        "shard_windows": config.labels.shard_windows,
-    }
+    device, tokens, model = own_device(), TokenFiles.open(config.data.folder), None
+    for kind in cached:
+        teacher = kind.make_teacher(config, tokens, device, model)
+        model = teacher.model  # all teachers share one
+        cache = kind.start_cache(config, tokens, teacher)
+        _fill(cache, tokens, functools.partial(kind.cache_values, teacher), device)
 
 
 def _fill(cache: ShardCache, tokens: TokenFiles, make: Callable, device: torch.device) -> None:

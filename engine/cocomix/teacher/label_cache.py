@@ -10,7 +10,7 @@ NONE = 65535  # how "no label" (-1) is stored
 class LabelCache(ShardCache):
     """Concept labels of the windows of one token file: [n_windows, T, K] numbers of concepts below 65535, or -1."""
 
-    what, setting, stem, size_key = "label cache", "labels.cache", "labels", "label_topk"
+    what, setting, stem, size_key = "label cache", "concept_labels.cache", "labels", "label_topk"
     names = {
         "sae": "another SAE",
         "layer": "another block of the teacher",
@@ -24,7 +24,7 @@ class LabelCache(ShardCache):
     ) -> "LabelCache":
         """Start a cache, or go on with the one that is there. Raises `CocomixError` where that one was made from
         something else, and where the disk has no room for all labels."""
-        return cls._start(
+        return cls.start(
             folder,
             n_windows=n_windows,
             seq_len=seq_len,

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from cocomix.core.errors import CocomixError
+from cocomix.data.token_files import TokenFiles
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -95,3 +96,12 @@ def fixed_passes(function: Callable, input_ids: torch.Tensor) -> torch.Tensor:
         filled = torch.cat([windows, windows[-1:].expand(missing, -1)]) if missing else windows
         results.append(function(filled)[: len(windows)])
     return torch.cat(results)
+
+
+def require_vocabulary(model: nn.Module, tokens: TokenFiles) -> None:
+    """Raise `CocomixError` unless the model's vocabulary covers the token files'."""
+    if model.config.vocab_size < tokens.vocab_size:
+        raise CocomixError(
+            f"the token files in {tokens.folder} use {tokens.vocab_size} ids but the model knows "
+            f"{model.config.vocab_size}: it was made for another tokenizer"
+        )

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from cocomix.core.config import Config, SaeConfig
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import atomic_write, require_space
+from cocomix.core.origin import differences
 from cocomix.data.token_files import TokenFiles
 from cocomix.data.windows import WindowOrder
 from cocomix.model.pretrained import fingerprint, load_language_model
@@ -427,12 +428,11 @@ def _finished_metrics(folder: Path, identity: dict) -> dict | None:
     if not (folder / "config.json").is_file():
         return None
     config = read_saved_config(folder)
-    found = config.get("training") or {}
-    differing = sorted(key for key in identity.keys() | found.keys() if identity.get(key) != found.get(key))
-    if differing:
+    found = differences(config.get("training") or {}, identity)
+    if found:
         raise CocomixError(
-            f"{folder} already holds an SAE that differs in {', '.join(differing)}: choose another "
-            "teacher.sae, or delete that folder to train it anew"
+            f"{folder} already holds an SAE that differs in {', '.join(difference.name for difference in found)}: "
+            "choose another teacher.sae, or delete that folder to train it anew"
         )
     return config.get("metrics") or {}
 

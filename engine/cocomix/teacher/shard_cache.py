@@ -14,6 +14,7 @@ import numpy as np
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import atomic_write, read_json, require_space, write_json
 from cocomix.core.mapped_file import MappedFile
+from cocomix.core.origin import Difference, differences
 
 _DTYPE = np.dtype("<u2")
 _CHECKSUM_BYTES = 32
@@ -72,7 +73,7 @@ class ShardCache:
         raise NotImplementedError
 
     @classmethod
-    def _start(cls, folder, *, n_windows, seq_len, size, fingerprints, shard_windows):
+    def start(cls, folder, *, n_windows, seq_len, size, fingerprints, shard_windows):
         """Start a cache, or go on with the one that is there. Raises `CocomixError` where that one was made from
         something else, and where the disk has no room for all of it."""
         path = Path(folder) / "meta.json"
@@ -118,18 +119,19 @@ class ShardCache:
 
     def require(self, fingerprints: dict) -> None:
         """Raise `CocomixError`, naming what differs, unless the cache was made from these fingerprints."""
-        names = _NAMES | self.names
-        differing = []
-        for key, value in fingerprints.items():
-            made_from = str(self.fingerprints.get(key))
-            if made_from != value:
-                known = max(len(made_from), len(value)) < _HASH_CHARACTERS
-                differing.append(names[key] + f" ({made_from}, not {value})" * known)
-        if differing:
+        found = differences(self.fingerprints, fingerprints, fingerprints)
+        if found:
             raise CocomixError(
-                f"the {self.what} {self.folder} was made from {' and '.join(differing)}: run `cocomix labels` with "
-                f"this config and another {self.setting} folder, or delete the old cache first"
+                f"the {self.what} {self.folder} was made from {' and '.join(map(self._in_words, found))}: run "
+                f"`cocomix labels` with this config and another {self.setting} folder, or delete the old cache first"
             )
+
+    def _in_words(self, difference: Difference) -> str:
+        """What a fingerprint that differs means; the values too, unless they are hashes, which say nothing."""
+        stored, present = str(difference.stored), str(difference.present)
+        is_hash = max(len(stored), len(present)) >= _HASH_CHARACTERS
+        meaning = (_NAMES | self.names)[difference.name]
+        return meaning if is_hash else f"{meaning} ({stored}, not {present})"
 
     @property
     def n_shards(self) -> int:

@@ -5,8 +5,9 @@ import hashlib
 from pathlib import Path
 
 import cocomix_kernels as kernels
-from cocomix.core.config import Config
+from cocomix.core.config import Config, current_name
 from cocomix.core.errors import CocomixError
+from cocomix.core.origin import differences
 
 # Settings that a resumed run may change, with all below them. The first group leaves the trajectory alone (up to
 # rounding, where the work is split otherwise); the second one steers it on purpose.
@@ -23,7 +24,7 @@ MAY_CHANGE = (
     "teacher.model",
     "teacher.sae",
     "sae",
-    "labels",
+    "concept_labels",
     "distillation.cache",
     "train.run",
     "train.micro_batch",
@@ -80,19 +81,16 @@ def require_same_run(stored: dict, now: dict, checkpoint) -> list[str]:
     Both map names to JSON values. A setting that came with a later version than `stored` had its default then. What
     else only one of them has is not compared: the fingerprints of a teacher, for example, are not always known.
     """
+    stored = {current_name(name): value for name, value in stored.items()}
     stored = {**settings(Config()), "the labels' labels_by": "attribution", **stored}
-    changes = {
-        name: f"{name} was {stored[name]} and is {value}"
-        for name, value in now.items()
-        if name in stored and stored[name] != value
-    }
-    refused = [text for name, text in changes.items() if not _may_change(name)]
+    changes = differences(stored, now, [name for name in now if name in stored])
+    refused = [str(change) for change in changes if not _may_change(change.name)]
     if refused:
         raise CocomixError(
             f"{checkpoint} cannot be gone on with: {'; '.join(refused)}. Use what the run was started with, or another "
             "train.run"
         )
-    return list(changes.values())
+    return [str(change) for change in changes]
 
 
 def _may_change(name: str) -> bool:

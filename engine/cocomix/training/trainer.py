@@ -17,8 +17,9 @@ from tqdm import tqdm
 from cocomix.core.config import Config
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import atomic_folder, write_json
-from cocomix.core.flops import StudentShape, training_flops
+from cocomix.core.flops import training_flops
 from cocomix.core.methods import LABELS, SOFT_TARGETS
+from cocomix.core.shapes import student_shape
 from cocomix.costs.memory_check import memory_warning
 from cocomix.data.token_files import TokenFiles
 from cocomix.data.windows import WindowOrder, step_windows
@@ -136,18 +137,7 @@ class Trainer:
 
     def _flops_per_token(self) -> int:
         """What the method needs, forward and backward, with the teacher's work where it is done online."""
-        model = self.config.model
-        shape = StudentShape(
-            model.n_embd,
-            model.n_layer,
-            model.insert_layer,
-            self.tokens.vocab_size,
-            self.config.data.seq_len,
-            model.concept_dim,
-            model.concept_topk,
-            model.mixing,
-        )
-        return training_flops(shape, self.supervision.teacher_shape)
+        return training_flops(student_shape(self.config, self.tokens.vocab_size), self.supervision.teacher_shape)
 
     def fit(self) -> int:
         """Train to the end or to an interrupt; returns the exit code."""

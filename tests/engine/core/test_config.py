@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from cocomix.core.config import Config, load_config
+from cocomix.core.config import ConceptLabelsConfig, Config, load_config
 from cocomix.core.errors import CocomixError
 
 FOLDER = Path(__file__).parents[3] / "configs"
@@ -73,7 +73,7 @@ def test_paths_may_start_with_out_wherever_it_is_set(write):
     assert load(path).data.folder == "runs/data"
     assert load(path, "out=/big/disk").data.folder == "/big/disk/data"
     assert load(path, "out=x").teacher.model == "x/8"
-    assert load(path, "labels.cache=${out}/labels").labels.cache == "runs/labels"
+    assert load(path, "concept_labels.cache=${out}/labels").concept_labels.cache == "runs/labels"
 
 
 def test_a_file_changes_what_its_base_sets(write):
@@ -107,7 +107,7 @@ def test_there_are_configs_to_load():
         ("trian: {lr: 1}", "unknown key trian; did you mean train?"),
         ("train: {warmup_step: 1}", "unknown key train.warmup_step; did you mean train.warmup_steps?"),
         ("model: {n_heads: 1}", "unknown key model.n_heads; did you mean model.n_head?"),
-        ("labels: {zzz: 1}", "unknown key labels.zzz; known keys: cache, shard_windows"),
+        ("concept_labels: {zzz: 1}", "unknown key concept_labels.zzz; known keys: cache, shard_windows"),
         ("1: 2", "unknown key 1; known keys: out, data, model"),
     ],
 )
@@ -159,6 +159,42 @@ def test_an_interpolation_that_leads_nowhere_is_refused(write):
     for text in ("data: {folder: '${nothing}/x'}", "data: {folder: '${out'}", "data: {folder: '${data.folder}'}"):
         with pytest.raises(CocomixError, match=r"config\.yaml"):
             load(write(text))
+
+
+# --- sections by the names that they had in earlier versions
+
+
+@pytest.mark.parametrize("text, overrides", [("labels: {cache: '${out}/here'}", []), ("", ["labels.cache=runs/here"])])
+def test_an_earlier_name_of_a_section_is_read_and_told_in_a_line(write, capsys, text, overrides):
+    path = write(text)
+    assert load(path, *overrides, "labels.shard_windows=8").concept_labels == ConceptLabelsConfig("runs/here", 8)
+    where = "override 'labels.cache=runs/here'" if overrides else path
+    told = f"note: {where}: `labels` is called `concept_labels` now; the old name is still read\n"
+    assert capsys.readouterr() == ("", told)
+
+
+def test_a_later_source_may_use_the_current_name(write, capsys):
+    write("labels: {cache: one, shard_windows: 8}", "base.yaml")
+    path = write("base: base.yaml\nconcept_labels: {cache: two}")
+    assert load(path).concept_labels == ConceptLabelsConfig("two", 8)
+    assert load(path, "concept_labels.cache=three").concept_labels == ConceptLabelsConfig("three", 8)
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_one_rank_alone_tells_of_an_earlier_name(write, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert load(write("labels: {cache: one}")).concept_labels.cache == "one"
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_section_by_both_names_is_refused(write):
+    path = write("labels: {cache: one}\nconcept_labels: {cache: two}")
+    with pytest.raises(
+        CocomixError, match=f"^{path}: `labels` is an old name of `concept_labels`: use concept_labels a"
+    ):
+        load(path)
+    with pytest.raises(CocomixError, match="^overrides: `labels` is an old name of `concept_labels`"):
+        load(write(""), "labels.cache=one", "concept_labels.shard_windows=2")
 
 
 # --- files and overrides that cannot be read
@@ -246,7 +282,7 @@ POSITIVE = [
     "train.grad_clip",
     "train.timeout_minutes",
     "train.eps",
-    "labels.shard_windows",
+    "concept_labels.shard_windows",
     "teacher.label_topk",
 ]
 

@@ -7,8 +7,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from cocomix import CoCoMixConfig, CoCoMixForCausalLM, ConceptTeacher, SparseAutoencoder
 from cocomix.core.flops import (
-    StudentShape,
-    TeacherShape,
     cocomix_forward,
     forward_parts,
     ideal_ratio,
@@ -19,6 +17,7 @@ from cocomix.core.flops import (
     training_flops,
 )
 from cocomix.core.methods import MIXING, predicts_concepts
+from cocomix.core.shapes import StudentShape, TeacherShape
 
 GPT2 = TeacherShape(n_embd=768, n_layer=12, layer=5, vocab_size=50257, n_latents=32768)
 SHAPE = {"n_embd": 64, "n_layer": 4, "insert_layer": 1, "vocab_size": 512, "concept_dim": 256, "concept_topk": 4}

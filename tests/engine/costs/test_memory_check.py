@@ -87,8 +87,8 @@ def test_where_nothing_fits_it_names_more_gpus_or_a_smaller_model():
 
 def test_what_cannot_be_predicted_is_left_to_training():
     assert warn("69m", 3, 1) is None  # the batch does not divide
-    assert warn("69m", 1, 1, "labels.cache=null", "teacher.model=someone/else") is None
-    assert "predicted to need" in warn("69m", 1, 1, "labels.cache=null")
+    assert warn("69m", 1, 1, "concept_labels.cache=null", "teacher.model=someone/else") is None
+    assert "predicted to need" in warn("69m", 1, 1, "concept_labels.cache=null")
 
 
 def test_it_is_quick():

@@ -14,7 +14,8 @@ from run_helpers import environment
 from cocomix.cli import main
 from cocomix.core.config import Config, load_config
 from cocomix.core.errors import CocomixError
-from cocomix.core.flops import StudentShape, TeacherShape, frozen_side, parameter_count
+from cocomix.core.flops import frozen_side, parameter_count
+from cocomix.core.shapes import StudentShape, TeacherShape
 from cocomix.costs.cluster import Cluster, known_clusters, load_cluster
 from cocomix.costs.footprint import CHUNK_BYTES, Setup, footprint
 from cocomix.costs.plan_text import describe
@@ -117,7 +118,7 @@ def test_checkpointing_saves_most_of_the_activations():
 
 def test_online_labels_cost_the_teacher():
     cached, online = (
-        make_job(load_config(CONFIGS / "69m.yaml", more), Cluster()) for more in ([], ["labels.cache=null"])
+        make_job(load_config(CONFIGS / "69m.yaml", more), Cluster()) for more in ([], ["concept_labels.cache=null"])
     )
     setup = Setup(stage=1, gpus=8, micro_batch=8, rounds=1, bf16=True)
     assert "teacher and SAE" not in predict(cached, setup).memory.parts
@@ -237,7 +238,7 @@ def test_links_within_a_node_are_faster_and_latency_grows_with_the_nodes():
 
 # ---------------------------------------------------------------------------------------------- other methods
 
-ONLINE = ("distillation.cache=null", "labels.cache=null")
+ONLINE = ("distillation.cache=null", "concept_labels.cache=null")
 
 
 @pytest.mark.parametrize("soft_targets", ["top", "whole"])

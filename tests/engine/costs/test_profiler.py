@@ -22,12 +22,12 @@ from cocomix.cli import main
 from cocomix.core import machine
 from cocomix.core.config import load_config
 from cocomix.core.errors import CocomixError
-from cocomix.core.flops import TeacherShape
+from cocomix.core.methods import LABELS
+from cocomix.core.shapes import TeacherShape
 from cocomix.costs import profile_inputs, profile_session, profile_text, profiler, step_parts
 from cocomix.costs.profile_session import ALONE, CACHED, NTP, ONLINE, Options, OutOfMemory, Profile
 from cocomix.costs.step_parts import PARTS
 from cocomix.distributed.ranks import process_group
-from cocomix.teacher.supervision import LABELS
 
 CPU = torch.device("cpu")
 LENGTH, LATENTS, VOCABULARY, BUCKET = 32, 256, 512, 10**6

@@ -31,7 +31,7 @@ def world(tmp_path_factory):
 
 
 def settings(world, *more):
-    return [f"labels.cache={world.folder}/labels", "teacher.model=null", "teacher.sae=null", *more]
+    return [f"concept_labels.cache={world.folder}/labels", "teacher.model=null", "teacher.sae=null", *more]
 
 
 @pytest.fixture

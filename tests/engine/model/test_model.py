@@ -6,8 +6,9 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cocomix import CoCoMixConfig, CoCoMixForCausalLM
-from cocomix.core.flops import StudentShape, cocomix_forward
+from cocomix.core.flops import cocomix_forward
 from cocomix.core.methods import MIXING, predicts_concepts
+from cocomix.core.shapes import StudentShape
 from cocomix_kernels import interleaved_attention
 
 MIXED = [(mixing, layer) for mixing in MIXING if mixing != "none" for layer in range(SMALL["n_layer"])]

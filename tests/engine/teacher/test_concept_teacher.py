@@ -21,7 +21,8 @@ from transformers import (
 from cocomix import CoCoMixForCausalLM, ConceptTeacher, SparseAutoencoder
 from cocomix.core.config import TeacherConfig
 from cocomix.core.errors import CocomixError
-from cocomix.core.flops import TeacherShape, labels_online
+from cocomix.core.flops import labels_online
+from cocomix.core.shapes import TeacherShape
 from cocomix.model.pretrained import fingerprint, load_language_model
 from cocomix.teacher.language_model import residual_stream
 

@@ -10,8 +10,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from cocomix.core.config import load_config
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import read_json, write_json
-from cocomix.teacher.distillation import DistillationTeacher, SoftTargetCache
+from cocomix.teacher.distillation import DistillationTeacher
 from cocomix.teacher.label_cache import LabelCache
+from cocomix.teacher.soft_target_cache import SoftTargetCache
 
 VOCABULARY, LENGTH, TOP = 50, 7, 4
 SHAPE = {"n_windows": 5, "seq_len": LENGTH, "top_k": TOP, "shard_windows": 2}
@@ -130,7 +131,9 @@ def test_settings_that_cannot_be_are_refused(tmp_path, override, message):
     with pytest.raises(CocomixError, match=message):
         load_config(tmp_path / "config.yaml", [override])
     with pytest.raises(CocomixError, match=r"are the same folder \(one\): name two"):
-        load_config(tmp_path / "config.yaml", ["labels.cache=one", "distillation.cache=one", "distillation.weight=1"])
+        load_config(
+            tmp_path / "config.yaml", ["concept_labels.cache=one", "distillation.cache=one", "distillation.weight=1"]
+        )
     with pytest.raises(CocomixError, match="distillation.cache is set but distillation.weight is 0: set the weight"):
         load_config(tmp_path / "config.yaml", ["distillation.cache=soft"])
     with pytest.raises(CocomixError, match="distillation.cache needs distillation.top_k"):
@@ -194,7 +197,7 @@ def test_a_cache_of_something_else_is_refused_by_name(tmp_path):
         "token.*another distillation.cache folder",
     ):
         new_cache(tmp_path, fingerprints={**FINGERPRINTS, "top_k": "9"})
-    with pytest.raises(CocomixError, match=f"{tmp_path} holds soft targets, not labels: name another folder as labels"):
+    with pytest.raises(CocomixError, match=f"{tmp_path} holds soft targets, not labels: name another folder as conc"):
         LabelCache.open(tmp_path)
     meta = read_json(tmp_path / "meta.json", "it")
     write_json(tmp_path / "old" / "meta.json", {key: value for key, value in meta.items() if key != "holds"})

@@ -140,7 +140,7 @@ def test_a_larger_student_learns_the_concepts_of_a_smaller_teacher(world, name, 
         f"teacher.sae={world.folder}/sae-{name}",
         f"teacher.layer={layer}",
     ]
-    cache = f"labels.cache={world.folder}/labels-{name}"
+    cache = f"concept_labels.cache={world.folder}/labels-{name}"
     longer = ["train.tokens=7680", "train.lr=1e-2"]  # 60 steps
     assert world.train(f"online-{name}", *teacher, *longer) == 0
     make_labels(world.load(*teacher, cache))

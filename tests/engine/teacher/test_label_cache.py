@@ -15,14 +15,16 @@ from model_helpers import autoencoder
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cocomix import ConceptTeacher, LabelCache, SparseAutoencoder
-from cocomix.core.config import Config, DataConfig, LabelsConfig, TeacherConfig
+from cocomix.core.config import ConceptLabelsConfig, Config, DataConfig, TeacherConfig
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import read_json
+from cocomix.core.methods import CONCEPT_LABELS
 from cocomix.data.preparation import prepare
 from cocomix.data.token_files import TokenFiles
 from cocomix.data.windows import WindowDataset
 from cocomix.teacher.extraction import run
-from cocomix.teacher.supervision import LABELS, Supervision, require_vocabulary
+from cocomix.teacher.language_model import require_vocabulary
+from cocomix.teacher.supervision import Supervision
 
 SHAPE = {"n_windows": 10, "seq_len": 6, "label_topk": 3, "shard_windows": 4}  # shards of 4, 4 and 2 windows
 FINGERPRINTS = {
@@ -376,7 +378,9 @@ def config(frozen, tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     teacher = TeacherConfig(model=str(frozen / "model"), sae=str(frozen / "sae"), layer=LAYER, label_topk=4)
     return Config(
-        data=data_config(frozen), teacher=teacher, labels=LabelsConfig(cache=str(tmp_path / "cache"), shard_windows=7)
+        data=data_config(frozen),
+        teacher=teacher,
+        concept_labels=ConceptLabelsConfig(cache=str(tmp_path / "cache"), shard_windows=7),
     )
 
 
@@ -390,7 +394,7 @@ def online(config):
 
 def assert_complete(config):
     expected, split = online(config)
-    cache = LabelCache.open(config.labels.cache)
+    cache = LabelCache.open(config.concept_labels.cache)
     cache.verify()
     assert cache.n_windows == len(expected) > 3 * 7
     assert all(np.array_equal(cache.window(index), labels) for index, labels in enumerate(expected))
@@ -443,7 +447,7 @@ def test_ranks_fill_the_cache_together_whichever_is_first(config, monkeypatch, o
 
 def test_ranks_that_work_at_the_same_time_share_the_shards_evenly(config, monkeypatch):
     """Three ranks in three threads, each waiting with every shard until the others have begun one."""
-    config.labels.shard_windows = 13
+    config.concept_labels.shard_windows = 13
     n_shards = -(-TokenFiles.open(config.data.folder).split("train").n_windows(SEQ_LEN) // 13)
     assert n_shards % 3 == 0 and n_shards > 6
     number, all_at_work = threading.local(), threading.Barrier(3)
@@ -501,12 +505,12 @@ def test_shards_that_another_process_is_at_are_left_to_it(config, monkeypatch, c
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_writing_after(patch, 0)
         run(config)
-    left = Path(config.labels.cache, ".labels-000003.bin.0123abcd.4711.part")
+    left = Path(config.concept_labels.cache, ".labels-000003.bin.0123abcd.4711.part")
     left.write_bytes(b"half")
     capsys.readouterr()
     as_rank(monkeypatch, 0, 2)
     run(config)
-    cache = LabelCache.open(config.labels.cache)
+    cache = LabelCache.open(config.concept_labels.cache)
     assert f"still lacks 1 of {cache.n_shards} shards: other processes are at work on them" in capsys.readouterr().out
     assert missing(cache) == [3]
     as_rank(monkeypatch, 1, 2)
@@ -522,7 +526,7 @@ def damage_two(cache):
 
 def test_damage_is_found_named_and_mended_by_running_again(config, capsys):
     run(config)
-    cache = LabelCache.open(config.labels.cache)
+    cache = LabelCache.open(config.concept_labels.cache)
     damage_two(cache)
     sound = {path.name: path.stat().st_mtime_ns for path in cache.folder.iterdir()}
     capsys.readouterr()
@@ -541,7 +545,7 @@ def test_a_second_run_reads_every_shard_once_over_all_ranks(config, monkeypatch)
     read, damage = [], LabelCache.damage
     monkeypatch.setattr(LabelCache, "damage", lambda self, shard: read.append(shard) or damage(self, shard))
     monkeypatch.setattr(ConceptTeacher, "labels", None)
-    n_shards = LabelCache.open(config.labels.cache).n_shards
+    n_shards = LabelCache.open(config.concept_labels.cache).n_shards
     for rank in range(3):
         as_rank(monkeypatch, rank, 3)
         run(config)
@@ -553,11 +557,11 @@ def test_a_stopped_command_goes_on_where_it_stopped(config, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_writing_after(patch, 2)
         run(config)
-    times = {path.name: path.stat().st_mtime_ns for path in os.scandir(config.labels.cache)}
+    times = {path.name: path.stat().st_mtime_ns for path in os.scandir(config.concept_labels.cache)}
     assert len(times) == 3
     run(config)
     assert_complete(config)
-    later = {path.name: path.stat().st_mtime_ns for path in os.scandir(config.labels.cache)}
+    later = {path.name: path.stat().st_mtime_ns for path in os.scandir(config.concept_labels.cache)}
     assert times.items() <= later.items()
 
 
@@ -584,8 +588,8 @@ def test_an_unset_cache_and_a_foreign_vocabulary_are_named(config, frozen, tmp_p
     config.teacher.model = str(tmp_path / "small")
     with pytest.raises(CocomixError, match="made for another tokenizer"):
         run(config)
-    config.labels.cache = None
-    with pytest.raises(CocomixError, match=r"labels\.cache is not set"):
+    config.concept_labels.cache = None
+    with pytest.raises(CocomixError, match=r"concept_labels\.cache is not set"):
         run(config)
 
 
@@ -600,10 +604,13 @@ def test_more_latents_than_a_cache_can_number_are_refused(config, tmp_path):
         decoder = torch.randn(latents, 16)
         sae = SparseAutoencoder(decoder.clone(), torch.zeros(latents), torch.zeros(16), decoder, 4, normalize=True)
         sae.save(tmp_path / str(latents))
-        config.teacher.sae, config.labels.cache = str(tmp_path / str(latents)), str(tmp_path / f"cache{latents}")
+        config.teacher.sae, config.concept_labels.cache = (
+            str(tmp_path / str(latents)),
+            str(tmp_path / f"cache{latents}"),
+        )
         with pytest.raises(CocomixError, match=problem) if problem else contextlib.nullcontext():
             run(config)
-        assert Path(config.labels.cache).exists() == (problem is None)
+        assert Path(config.concept_labels.cache).exists() == (problem is None)
 
 
 def test_the_first_rank_alone_loads_the_teacher_to_compare_it_with_the_cache(config, monkeypatch):
@@ -614,7 +621,7 @@ def test_the_first_rank_alone_loads_the_teacher_to_compare_it_with_the_cache(con
     for rank in (1, 0):
         as_rank(monkeypatch, rank, 2)
         assert len(loaded) == 0
-        assert Supervision.from_config(config, tokens, torch.device("cpu")).kind(LABELS) == "cached"
+        assert Supervision.from_config(config, tokens, torch.device("cpu")).kind(CONCEPT_LABELS) == "cached"
     assert len(loaded) == 1
     config.teacher.layer = 2
     as_rank(monkeypatch, 1, 2)

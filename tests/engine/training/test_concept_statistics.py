@@ -56,7 +56,7 @@ def test_windows_without_labels_count_as_such():
 
 def test_evaluations_of_a_run_hold_them(world):
     assert world.train("cached", *uneven(world)) == 0
-    assert world.train("online", "labels.cache=null") == 0
+    assert world.train("online", "concept_labels.cache=null") == 0
     assert world.train("ntp", "model.mixing=none") == 0
     assert all("label_coverage" not in record for record in world.records("ntp", "eval"))
     for run in ("cached", "online"):

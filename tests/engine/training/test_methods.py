@@ -34,13 +34,13 @@ WHOLE = ["model.mixing=none", f"distillation.weight={WEIGHT}", "distillation.top
 def world(tmp_path_factory):
     """Text, teacher, SAE, label caches by attribution and by activation, and soft targets."""
     made = labelled_world(tmp_path_factory.mktemp("methods"))
-    make_labels(made.load(f"labels.cache={made.folder}/active", "teacher.labels_by=activation"))
+    make_labels(made.load(f"concept_labels.cache={made.folder}/active", "teacher.labels_by=activation"))
     make_labels(made.load(*DISTILLED, f"distillation.cache={made.folder}/soft"))
     return made
 
 
 def labels(world: World) -> str:
-    return f"labels.cache={world.folder}/labels"
+    return f"concept_labels.cache={world.folder}/labels"
 
 
 def soft(world: World) -> str:
@@ -202,7 +202,7 @@ def _after(model, ids, layer):
 def test_labels_by_activation_train_alike_from_the_cache_and_online(world):
     by = "teacher.labels_by=activation"
     assert world.train("active-online", by) == 0
-    assert world.train("active-cached", by, f"labels.cache={world.folder}/active") == 0
+    assert world.train("active-cached", by, f"concept_labels.cache={world.folder}/active") == 0
     assert_equal_runs(world, "active-online", "active-cached")
     assert world.train("by-attribution") == 0
     assert world.losses("active-online", "concept_loss") != world.losses("by-attribution", "concept_loss")
@@ -213,7 +213,7 @@ def test_a_cache_of_another_rule_is_refused(world, capsys):
     assert "was made from labels picked by another rule" in capsys.readouterr().err
     assert world.train("refused", "teacher.labels_by=activation", labels(world), "teacher.model=null") == 2
     assert "was made from labels picked by another rule" in capsys.readouterr().err  # where no teacher tells either
-    assert world.train("refused", f"labels.cache={world.folder}/active") == 2
+    assert world.train("refused", f"concept_labels.cache={world.folder}/active") == 2
     assert "was made from labels picked by another rule" in capsys.readouterr().err
 
 
@@ -291,7 +291,7 @@ def test_models_of_other_methods_are_evaluated_and_generate(world, mixing, capsy
 
 
 def test_labels_writes_what_the_config_learns_from(world, tmp_path, capsys):
-    caches = [f"labels.cache={tmp_path}/labels", f"distillation.cache={tmp_path}/soft"]
+    caches = [f"concept_labels.cache={tmp_path}/labels", f"distillation.cache={tmp_path}/soft"]
     assert main(["labels", str(world.config), *DISTILLED, *caches]) == 0
     assert (tmp_path / "soft").exists() and not (tmp_path / "labels").exists()
     assert (

@@ -167,6 +167,14 @@ def test_settings_that_came_later_had_their_default_in_older_checkpoints():
         require_same_run(of_labels, {**of_labels, "the labels' labels_by": "activation"}, "there")
 
 
+def test_settings_of_earlier_names_are_compared_by_their_current_ones():
+    names = settings(Config())
+    older = {name.replace("concept_labels.", "labels."): value for name, value in names.items()}
+    assert older != names and require_same_run(older, names, "there") == []
+    changes = require_same_run({**older, "labels.cache": "here"}, names, "there")
+    assert changes == ["concept_labels.cache was here and is None"]
+
+
 # ---------------------------------------------------------------------------------------------- several processes
 
 ON_TWO = {

@@ -24,11 +24,12 @@ from run_helpers import (
 
 from cocomix.core.config import TrainConfig
 from cocomix.core.errors import CocomixError
+from cocomix.core.methods import CONCEPT_LABELS
 from cocomix.data.preparation import prepare
 from cocomix.data.token_files import TokenFiles
 from cocomix.distributed.ranks import Ranks
 from cocomix.report.runs import load_run
-from cocomix.teacher.supervision import LABELS, Supervision
+from cocomix.teacher.supervision import Supervision
 from cocomix.training.deepspeed_engine import deepspeed_config, learning_rate_factor
 from cocomix.training.trainer import Trainer
 
@@ -139,7 +140,7 @@ def test_next_token_prediction_alone_follows_plain_pytorch(world):
 
 def test_cached_and_online_labels_train_alike(world):
     assert world.train("online") == 0
-    assert world.train("cached", f"labels.cache={world.folder}/labels") == 0
+    assert world.train("cached", f"concept_labels.cache={world.folder}/labels") == 0
     assert_equal_runs(world, "online", "cached")
     assert json.loads((world.folder / "online/run.json").read_text())["labels"] == "online"
     assert json.loads((world.folder / "cached/run.json").read_text())["labels"] == "cached"
@@ -302,15 +303,18 @@ def strangers(world):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["labels.cache=OUT/nowhere"], "label cache .*nowhere is missing.*`cocomix labels` makes it"),
-        (["labels.cache=OUT/labels", "data.folder=OUT/data2"], "was made from other token files"),
-        (["labels.cache=OUT/labels", "teacher.model=OUT/teacher2"], "was made from another teacher"),
-        (["labels.cache=OUT/labels", "teacher.sae=OUT/sae2"], "was made from another SAE"),
-        (["labels.cache=OUT/labels", "data.seq_len=8"], "was made from another window length"),
-        (["labels.cache=OUT/labels", "teacher.layer=0"], "was made from another block"),
-        (["labels.cache=OUT/labels", "teacher.label_topk=2"], "was made from another number of labels"),
-        (["labels.cache=OUT/labels", "teacher.dtype=bf16"], "was made from .*another precision"),
-        (["labels.cache=OUT/labels", "model.concept_dim=128"], "model.concept_dim is 128 but the SAE has 64 latents"),
+        (["concept_labels.cache=OUT/nowhere"], "label cache .*nowhere is missing.*`cocomix labels` makes it"),
+        (["concept_labels.cache=OUT/labels", "data.folder=OUT/data2"], "was made from other token files"),
+        (["concept_labels.cache=OUT/labels", "teacher.model=OUT/teacher2"], "was made from another teacher"),
+        (["concept_labels.cache=OUT/labels", "teacher.sae=OUT/sae2"], "was made from another SAE"),
+        (["concept_labels.cache=OUT/labels", "data.seq_len=8"], "was made from another window length"),
+        (["concept_labels.cache=OUT/labels", "teacher.layer=0"], "was made from another block"),
+        (["concept_labels.cache=OUT/labels", "teacher.label_topk=2"], "was made from another number of labels"),
+        (["concept_labels.cache=OUT/labels", "teacher.dtype=bf16"], "was made from .*another precision"),
+        (
+            ["concept_labels.cache=OUT/labels", "model.concept_dim=128"],
+            "model.concept_dim is 128 but the SAE has 64 latents",
+        ),
         (["model.concept_dim=128"], "model.concept_dim is 128 but the SAE has 64 latents"),
         (["teacher.sae=OUT/sae-96"], "model.concept_dim is 64 but the SAE has 96 latents"),
         (["teacher.sae=OUT/sae-wide"], "reads vectors of 48 but the teacher's residual stream has 32"),
@@ -329,17 +333,17 @@ def test_an_incomplete_cache_is_refused(world):
     cache = world.add_uneven_labels("incomplete")
     os.unlink(sorted(cache.glob("labels-*.bin"))[-1])
     with pytest.raises(CocomixError, match="is incomplete: 1 of"):
-        source(world, f"labels.cache={cache}", *uneven(world)[1:])
+        source(world, f"concept_labels.cache={cache}", *uneven(world)[1:])
 
 
 def test_cached_concepts_beyond_the_students_are_refused(world, capsys):
     world.add_uneven_labels("too-many", latents=2 * LATENTS)
-    assert world.train("too-many-run", f"labels.cache={world.folder}/too-many", *uneven(world)[1:]) == 2
+    assert world.train("too-many-run", f"concept_labels.cache={world.folder}/too-many", *uneven(world)[1:]) == 2
     assert "model.concept_dim is 64" in capsys.readouterr().err
 
 
 def test_labels_are_not_read_where_there_is_no_mixing(world):
-    assert source(world, "model.mixing=none", "teacher.model=/nowhere").kind(LABELS) is None
+    assert source(world, "model.mixing=none", "teacher.model=/nowhere").kind(CONCEPT_LABELS) is None
 
 
 def test_too_little_memory_is_warned_of_before_the_first_step(world, monkeypatch, capsys):

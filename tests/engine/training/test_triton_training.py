@@ -14,7 +14,7 @@ STEPS, WINDOWS = 3, 2
 
 
 def overrides(world, labels):
-    source = [f"labels.cache={world.folder}/labels"] if labels == "cached" else []
+    source = [f"concept_labels.cache={world.folder}/labels"] if labels == "cached" else []
     return [f"train.tokens={STEPS * WINDOWS * 16}", f"train.global_batch={WINDOWS}", f"train.micro_batch={WINDOWS}",
             "train.eval_every=1000", "train.eval_windows=1", *source]  # fmt: skip
 

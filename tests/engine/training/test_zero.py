@@ -173,7 +173,7 @@ def linear_teacher(world):
         "teacher.dtype=bf16",
         "teacher.layer=2",
     ]
-    make_labels(world.load(f"labels.cache={world.folder}/linear-labels", *overrides))
+    make_labels(world.load(f"concept_labels.cache={world.folder}/linear-labels", *overrides))
     return overrides
 
 
@@ -181,7 +181,9 @@ def test_a_bf16_teacher_gives_the_same_labels_beside_stage_3(world, linear_teach
     linear = torch.nn.functional.linear
     assert world.train("beside-3", *linear_teacher, *stage(3)) == 0
     assert torch.nn.functional.linear is linear
-    assert world.train("cached-3", *linear_teacher, f"labels.cache={world.folder}/linear-labels", *stage(3)) == 0
+    assert (
+        world.train("cached-3", *linear_teacher, f"concept_labels.cache={world.folder}/linear-labels", *stage(3)) == 0
+    )
     assert_equal_runs(world, "beside-3", "cached-3")
 
 
