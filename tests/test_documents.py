@@ -40,8 +40,14 @@ def anchors(file: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("file", documents())
-def test_links_lead_somewhere(file):
+def code_in(file: Path) -> list[str]:
+    """Lines of code, fenced or inline."""
+    fenced, plain = fenced_and_plain(file.read_text())
+    return [*fenced, *CODE_SPAN.findall("\n".join(plain))]
+
+
+def broken_links(file: Path) -> list[str]:
+    """Links to files or headings that do not exist."""
     broken = []
     for target in LINK.findall("\n".join(fenced_and_plain(file.read_text())[1])):
         if re.match(r"[a-z]+:", target):  # the web
@@ -50,20 +56,18 @@ def test_links_lead_somewhere(file):
         other = (file.parent / path) if path else file
         if not other.exists() or (anchor and anchor not in anchors(other)):
             broken.append(target)
-    assert broken == []
+    return broken
 
 
-@pytest.mark.parametrize("file", documents(but=HISTORY))
-def test_files_that_are_named_exist(file):
-    """In code, inline or fenced. WORDS and <words> stand for any name."""
-    fenced, plain = fenced_and_plain(file.read_text())
+def missing_files(file: Path) -> list[str]:
+    """Files that code names and that do not exist. WORDS and <words> stand for any name."""
     missing = []
-    for code in [*fenced, *CODE_SPAN.findall("\n".join(plain))]:
+    for code in code_in(file):
         for name in NAMED_FILE.findall(code):
             pattern = re.sub(r"<\w+>|\b[A-Z]{2,}\b(?!\.md)", "*", name).rstrip("./")
             if not any(ROOT.glob(pattern)):
                 missing.append(name)
-    assert missing == []
+    return missing
 
 
 @functools.cache
@@ -73,17 +77,38 @@ def help_of(command: str) -> str | None:
     return run.stdout if run.returncode == 0 else None
 
 
-@pytest.mark.parametrize("file", documents(but=HISTORY))
-def test_commands_and_their_options_exist(file):
-    """In code: `cocomix COMMAND` and the options behind it."""
-    fenced, plain = fenced_and_plain(file.read_text())
+def unknown_commands(file: Path) -> list[str]:
+    """Commands that code calls and `cocomix` does not know, and options that a command does not have."""
     unknown = []
-    for code in [*fenced, *CODE_SPAN.findall("\n".join(plain))]:
+    for code in code_in(file):
         for command, rest in COMMAND.findall(code):
             known = help_of(command)
             if known is None:
                 unknown.append(command)
                 continue
-            options = set(re.findall(r"(?<=\s)--[a-z-]+", rest))
+            options = sorted(set(re.findall(r"(?<=\s)--[a-z-]+", rest)))
             unknown += [f"{command} {option}" for option in options if not re.search(rf"{option}\b(?!-)", known)]
-    assert unknown == []
+    return unknown
+
+
+@pytest.mark.parametrize("file", documents())
+def test_links_lead_somewhere(file):
+    assert broken_links(file) == []
+
+
+@pytest.mark.parametrize("file", documents(but=HISTORY))
+def test_files_and_commands_that_are_named_exist(file):
+    assert missing_files(file) == []
+    assert unknown_commands(file) == []
+
+
+def test_what_is_wrong_would_be_seen(tmp_path):
+    file = tmp_path / "some.md"
+    file.write_text(
+        "# A title\n[one](#a-title) [two](#another) [three](gone.md) [web](https://example.com)\n"
+        "`tests/conftest.py`, `engine/<room>/gone.py`, `configs/openwebtext/SIZE.yaml`, `benchmarks/gone.py --fast`\n"
+        "```\ncocomix train CONFIG --resume\ncocomix train CONFIG \\\n    --again\ncocomix trian CONFIG\n```\n"
+    )
+    assert broken_links(file) == ["#another", "gone.md"]
+    assert missing_files(file) == ["engine/<room>/gone.py", "benchmarks/gone.py"]
+    assert unknown_commands(file) == ["train --again", "trian"]
