@@ -1,6 +1,7 @@
 # Every target sets up .venv by itself; after the first time nothing is downloaded.
 #   make quickstart [TEXT=path]   pretrain and compare, end to end
 #   make test                     the fast tests;  make test-slow  the rest;  make lint
+#   make test-oldest test-newest  a part of the tests with the lowest and the newest versions that setup.py admits
 #   make bench                    what the kernels and a step cost on this machine, in under three minutes
 #   make bench-full               the same with larger shapes, torch.compile, competitors and more rounds
 #                                 both keep their figures and a page in runs/bench (BENCH=folder)
@@ -10,7 +11,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 COCOMIX := $(BIN)/cocomix
 READY := $(VENV)/.ready
-PIP := $(BIN)/pip --disable-pip-version-check install -q -c constraints.txt
 
 TEXT ?= stdlib
 ifeq ($(TEXT),stdlib)
@@ -19,20 +19,35 @@ else
 OUT ?= runs/quickstart-$(shell printf '%s' '$(TEXT)' | cksum | cut -d' ' -f1)
 endif
 
-.PHONY: setup quickstart test test-slow lint bench bench-full clean
+.PHONY: setup quickstart test test-slow test-oldest test-newest lint bench bench-full clean
 
 setup: $(READY)
 
 # PyTorch goes first: an unpinned dependency on it would choose another build. DeepSpeed is built from source and
 # wants the environment's own setuptools rather than an isolated build's.
-$(READY): setup.py constraints.txt
+define install
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
 	  { echo "Python 3.11 or 3.12 is needed: make PYTHON=python3.11 ..."; exit 1; }
-	@echo "setting up $(VENV) (once; a few minutes)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) setuptools wheel ninja "torch==2.13.0" numpy
-	@$(PIP) --no-build-isolation -e ".[dev]"
+	@echo "setting up $(@D) (once; a few minutes)"
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@$(@D)/bin/pip $(PIP_OPTIONS) setuptools wheel ninja "torch==2.13.0" numpy
+	@$(@D)/bin/pip $(PIP_OPTIONS) --no-build-isolation -e ".[$(PARTS)]"
 	@touch $@
+endef
+
+PIP_OPTIONS = --disable-pip-version-check install -q $(VERSIONS)
+VERSIONS = -c constraints.txt
+PARTS = dev
+
+$(READY): setup.py constraints.txt
+	$(install)
+
+# The ends of setup.py's ranges, each in an environment of its own.
+.venv-oldest/.ready: VERSIONS = -c constraints-oldest.txt
+.venv-newest/.ready: VERSIONS =
+.venv-oldest/.ready .venv-newest/.ready: PARTS = train,test
+.venv-oldest/.ready .venv-newest/.ready: setup.py constraints-oldest.txt
+	$(install)
 
 QUICKSTART = "out=$(OUT)"
 quickstart: $(READY)
@@ -53,8 +68,17 @@ test: $(READY)
 test-slow: $(READY)
 	$(PYTEST) -m slow
 
+# What meets the libraries whose interfaces move: model, generation, labels, checkpoints, training.
+ENDS = tests/engine/model tests/engine/teacher/test_label_cache.py tests/engine/distributed/test_checkpoint.py \
+  tests/engine/training/test_trainer.py tests/engine/training/test_version_0_1.py
+
+test-oldest test-newest: test-%: .venv-%/.ready
+	.venv-$*/bin/python -m pytest -q -n auto --dist loadfile -m "not slow" $(ENDS)
+
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
 
 # Where there is no GPU a step has one window, in float32. On a GPU the config says, and the micro batch is what fits.
 BENCH ?= runs/bench
@@ -78,4 +102,4 @@ bench-full: $(READY)
 	@echo "kept: $(BENCH)/kernels.json (pytest-benchmark), $(BENCH)/profile.json (cocomix profile), $(BENCH)/report"
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest runs build *.egg-info

@@ -35,19 +35,30 @@ EXTRAS = {
     "flash": ["flash-attn>=2.7"],
 }
 EXTRAS["all"] = EXTRAS["train"] + EXTRAS["report"] + EXTRAS["data"] + EXTRAS["eval"]
-EXTRAS["dev"] = EXTRAS["all"] + [
+EXTRAS["test"] = [
     "pytest>=8",
     "hypothesis>=6.100",
-    "pytest-benchmark>=5",
-    "ruff>=0.9",
     "pytest-xdist>=3.6",  # interpreted kernels are slow and take one core a process
+]
+EXTRAS["dev"] = [
+    *EXTRAS["all"],
+    *EXTRAS["test"],
+    "pytest-benchmark>=5",
     "tiktoken>=0.7",  # token files are compared with what it makes of the same merges
+    "ruff>=0.9",
+    "pyright[nodejs]>=1.1.400",  # it is a Node.js program, which this brings along
 ]
 
 setup(
     name="cocomix",
-    version="0.1.0",
+    version="0.2.0",
     description="A training engine for language models with continuous concepts (CoCoMix)",
+    license_expression="MIT",
+    license_files=["LICENSE", "NOTICE"],
+    project_urls={
+        "Paper": "https://arxiv.org/abs/2502.08524",
+        "The paper's own code": "https://github.com/facebookresearch/RAM/tree/main/projects/cocomix",
+    },
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     python_requires=">=3.11,<3.13",

@@ -110,7 +110,7 @@ def test_attribution_and_labels_are_those_of_the_papers_implementation(monkeypat
 
     original = cocomix.teacher.concept_teacher.concept_attribution
     monkeypatch.setattr(cocomix.teacher.concept_teacher, "concept_attribution", spy)
-    monkeypatch.setattr(cocomix.teacher.concept_teacher, "_WINDOWS_PER_PASS", {"cpu": len(ids)})
+    monkeypatch.setattr("cocomix.teacher.language_model._WINDOWS_PER_PASS", {"cpu": len(ids)})  # its loss is the mean
     labels = teacher.labels(ids)
     latents, actual = (t.detach().unflatten(0, ids.shape) for t in seen[0])
     assert_close(latents, expected["latents"], rtol=1e-4, atol=1e-4)
