@@ -16,7 +16,7 @@ from cocomix.core.flops import forward_parts, ntp_forward
 from cocomix.core.shapes import StudentShape, TeacherShape
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # programs, not part of the package
-import peers  # noqa: E402
+import peers
 
 LENGTH, VOCABULARY, CONCEPTS, TOPK = 24, 128, 96, 6
 

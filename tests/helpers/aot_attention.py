@@ -3,7 +3,7 @@
 import torch
 
 from cocomix_kernels import interleaved_attention
-from cocomix_kernels.common.launch import recording
+from cocomix_kernels.common.recording import recording
 
 HEADS = 8
 # (head size, dtype, T): whole blocks with both sizes of an element, and blocks that end early

@@ -3,7 +3,7 @@
 import torch
 
 from cocomix_kernels import concept_head, topk_linear
-from cocomix_kernels.common.launch import recording
+from cocomix_kernels.common.recording import recording
 
 TOKENS, WIDTH = 4, 64  # the width plays no part in these kernels
 # (dtype, C, k): keys of 32 and of 64 bits, one warp a row and several, and networks of every size class

@@ -4,7 +4,7 @@ import torch
 
 from cocomix_kernels import concept_add, concept_attribution, concept_mix
 from cocomix_kernels.common import sparse_rows as sparse
-from cocomix_kernels.common.launch import recording
+from cocomix_kernels.common.recording import recording
 
 CONCEPTS = 1024  # how many there are changes no binary
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -24,7 +24,6 @@ def _products(d, k, dtype):
     plan = sparse.plan_by_concept(indices, CONCEPTS)
     dx, dw, db = (torch.empty(shape, dtype=dtype) for shape in (rows.shape, matrix.shape, (CONCEPTS,)))
     of_loss = dx, torch.empty(matrix.shape), torch.empty(CONCEPTS)
-    sparse.sampled_dots(rows, indices, matrix, torch.empty(n, k))
     for bases, scale in (((None, None, None), None), (of_loss, torch.ones(()))):
         sparse.weighted_rows(values, indices, matrix, dx, bases[0], scale)
         sparse.scatter_rows(plan, values, rows, dw, db, *bases[1:], scale)

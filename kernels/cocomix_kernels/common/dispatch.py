@@ -4,6 +4,8 @@ import os
 
 import torch
 
+from cocomix_kernels.common.recording import is_recording
+
 BACKENDS = ("torch", "triton")
 VARIABLE = "COCOMIX_BACKEND"
 
@@ -48,8 +50,4 @@ def _runs_on(backend, device):
         return True
     if backend != "triton":
         return False
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return True
-    from cocomix_kernels.common.launch import is_recording
-
-    return is_recording()
+    return os.environ.get("TRITON_INTERPRET") == "1" or is_recording()

@@ -124,16 +124,6 @@ def _weighted_rows(
 
 
 @triton.jit
-def _sampled_dots(rows, indices, matrix, out, row_stride, k, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    for start in range(0, k, ROWS):  # k is no constant: this loop unrolled around that of `row_dots` would spill
-        kept = start + tl.arange(0, ROWS)
-        concepts = tl.load(indices + token * k + kept, mask=kept < k, other=0)
-        dots = row_dots(rows + token * row_stride, concepts, matrix, D, BLOCK, ROWS)
-        tl.store(out + token * k + kept, dots.to(out.dtype.element_ty), mask=kept < k)
-
-
-@triton.jit
 def _pair_sum(
     tokens, values, rows, row_stride, columns, start, stop, D: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr
 ):
@@ -147,7 +137,7 @@ def _pair_sum(
             inside = first + step < stop
             token = tl.load(tokens + first + step, mask=inside, other=0).to(tl.int64)
             value = tl.load(values + first + step, mask=inside, other=0.0).to(tl.float32)
-            # The same as `inside & (columns < D)`, which Triton 3.9's interpreter makes no mask of: the one is a scalar.
+            # `inside & (columns < D)`, of which Triton 3.9's interpreter makes no mask, since `inside` is a scalar.
             mask = tl.where(inside, columns, D) < D
             row = tl.load(rows + token * row_stride + columns, mask=mask, other=0.0)
             part += value * row.to(tl.float32)
@@ -300,32 +290,6 @@ def weighted_rows(
         BLOCK=block,
         K=k,
         STEP=UNROLL,
-        num_warps=1,
-        num_stages=1,
-    )
-
-
-def sampled_dots(
-    rows: torch.Tensor,  # [N, d]
-    indices: torch.Tensor,  # [N, k] int64 or int32
-    matrix: torch.Tensor,  # [C, d]
-    out: torch.Tensor,  # [N, k] contiguous
-) -> None:
-    """out[n, j] = <rows[n], matrix[indices[n, j]]>."""
-    (n, k), d = indices.shape, matrix.shape[1]
-    rows = with_contiguous_rows(rows)
-    launch(
-        _sampled_dots,
-        (n,),
-        rows,
-        indices.contiguous(),
-        matrix.contiguous(),
-        out,
-        rows.stride(0),
-        k,
-        D=d,
-        BLOCK=slice_width(d, matrix.itemsize),
-        ROWS=dot_rows(k),
         num_warps=1,
         num_stages=1,
     )

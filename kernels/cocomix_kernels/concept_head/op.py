@@ -15,7 +15,9 @@ import torch
 from cocomix_kernels.common.checks import check_device, check_integers, check_k, check_range, check_same, check_shapes
 from cocomix_kernels.common.chunking import accumulation_dtype
 from cocomix_kernels.common.dispatch import choose_backend
-from cocomix_kernels.concept_head.steps import Targets, add_product_, backends, logit_chunks, steps
+from cocomix_kernels.common.products import add_product_
+from cocomix_kernels.concept_head.eager import Targets
+from cocomix_kernels.concept_head.steps import backends, logit_chunks, steps
 
 
 class ConceptHead(NamedTuple):

@@ -26,7 +26,7 @@ from cocomix_kernels.common.checks import (
 )
 from cocomix_kernels.common.chunking import accumulation_dtype, row_chunks
 from cocomix_kernels.common.dispatch import choose_backend
-from cocomix_kernels.concept_head.steps import add_product_
+from cocomix_kernels.common.products import add_product_, write_product
 
 _NAME = "linear_distillation"
 
@@ -67,16 +67,6 @@ def _widened(matrix):
     return matrix if matrix.is_cuda else matrix.to(accumulation_dtype(matrix.dtype))
 
 
-def _write_product(out, left, right) -> None:
-    """out = left @ right, where `out` may have another precision than the factors."""
-    if out.dtype == left.dtype:
-        torch.mm(left, right, out=out)
-    elif left.is_cuda and out.dtype == accumulation_dtype(left.dtype):
-        torch.ops.aten.mm.dtype_out(left, right, out.dtype, out=out)
-    else:
-        out.copy_(left @ right)
-
-
 def _full_step(buffers, hidden, teacher_weight, rows: _Rows):
     """Losses of a chunk [R, 1] each, against the teacher's whole distribution; hidden [R, d_t].
 
@@ -85,7 +75,7 @@ def _full_step(buffers, hidden, teacher_weight, rows: _Rows):
     first, log_q, log_p = buffers
     torch.log_softmax(first, 1, out=log_q)
     ntp = -log_q.gather(1, rows.labels)
-    _write_product(first, _widened(hidden).masked_fill(rows.ignored, 0), teacher_weight.t())
+    write_product(first, _widened(hidden).masked_fill(rows.ignored, 0), teacher_weight.t())
     torch.log_softmax(first, 1, out=log_p)
     p = torch.exp(log_p, out=first)
     kl = log_p.sub_(log_q).mul_(p).sum(1, keepdim=True)
@@ -160,7 +150,7 @@ def _distillation(
         buffers, part = [one[: rows.stop - rows.start] for one in room], _widened(x[rows])
         ignored = (labels[rows] == ignore_index)[:, None]
         about = _Rows(labels[rows, None].masked_fill(ignored, 0), ignored, kl_weight, dx_wanted or dw_wanted)
-        _write_product(buffers[0], part, read_weight.t())
+        write_product(buffers[0], part, read_weight.t())
         if full:
             losses = _full_step(buffers, first_target[rows], second_target, about)
         else:
@@ -169,7 +159,7 @@ def _distillation(
             total += one.masked_fill(ignored, 0).sum()
         gradient = buffers[0].to(part.dtype)
         if dx_wanted:
-            _write_product(dx[rows], gradient, read_weight)
+            write_product(dx[rows], gradient, read_weight)
         if dw_wanted:
             add_product_(dw, gradient.t(), part)
     count = (labels != ignore_index).sum()
@@ -246,7 +236,7 @@ def top_targets(hidden, weight, k) -> TopTargets:
     log_probs = hidden.new_empty(len(hidden), k, dtype=dtype)
     for rows in row_chunks(len(hidden), 2 * dtype.itemsize * len(weight), hidden.device):
         logits = hidden.new_empty(len(hidden[rows]), len(weight), dtype=dtype)
-        _write_product(logits, hidden[rows], weight.t())
+        write_product(logits, hidden[rows], weight.t())
         log_probs[rows], ids[rows] = logits.log_softmax(1).topk(k)
     return TopTargets(ids, log_probs)
 

@@ -120,7 +120,7 @@ def test_errors_of_the_block_itself_pass_through(tmp_path):
     for write in (atomic_write, atomic_folder):
         with pytest.raises(FileNotFoundError):
             with write(tmp_path / "out"):
-                open(tmp_path / "no such input")  # noqa: SIM115
+                open(tmp_path / "no such input")
     with pytest.raises(PermissionError):
         with explain_full_disk(tmp_path):
             failing(errno.EACCES)()

@@ -11,7 +11,8 @@ from kernel_helpers import DEVICE, assert_all_close, assert_no_worse_than, cast,
 
 from cocomix_kernels import interleaved_attention, reference
 from cocomix_kernels.attention import triton_kernel as attention
-from cocomix_kernels.common.launch import ceil_div, recording
+from cocomix_kernels.common.launch import ceil_div
+from cocomix_kernels.common.recording import recording
 
 FORMS = pytest.mark.parametrize("concept_queries", [False, True], ids=["every query", "concept queries"])
 CHIPS = (8, 9, 10)

@@ -73,16 +73,6 @@ def test_weighted_rows_are_the_base_and_the_sum_for_any_shape(case):
     assert_near(out, expected, terms.abs().sum(1))
 
 
-@given(cases())
-@settings(max_examples=40)
-def test_sampled_dots_are_the_products_for_any_shape(case):
-    (_, indices, rows, matrix), _, _, dtype = case
-    out = blank(*indices.shape, dtype=dtype)
-    sparse.sampled_dots(rows, indices, matrix, out)
-    terms = rows.double()[:, None, :] * matrix.double()[indices.long()]
-    assert_near(out, terms.sum(2), terms.abs().sum(2))
-
-
 @given(cases(), st.sampled_from((2, 5, 128)), st.booleans())
 @settings(max_examples=30)
 def test_scattered_rows_are_the_base_and_the_sums_for_any_shape_and_length_of_pieces(case, piece, with_sums):
@@ -202,10 +192,7 @@ def test_rows_far_apart_are_read_in_place():
     odd = doubled.view(6, 2, 10)[:, 1]
     assert sparse.with_contiguous_rows(odd).data_ptr() == odd.data_ptr()
     values, indices = values[:6], indices[:6]
-    dots, expected_dots, out, expected = blank(6, 3), blank(6, 3), blank(5, 10), blank(5, 10)
-    sparse.sampled_dots(odd, indices, matrix, dots)
-    sparse.sampled_dots(odd.contiguous(), indices, matrix, expected_dots)
-    assert torch.equal(dots, expected_dots)
+    out, expected = blank(5, 10), blank(5, 10)
     plan = sparse.plan_by_concept(indices, 5)
     sparse.scatter_rows(plan, values, odd, out)
     sparse.scatter_rows(plan, values, odd.contiguous(), expected)
@@ -219,12 +206,10 @@ def test_rows_far_apart_are_read_in_place():
 def test_rows_that_are_not_contiguous_at_all_are_copied():
     values, indices, _, _ = tokens(6, 3, 5, 10)
     rows, matrix = torch.randn(10, 6, device=DEVICE).t(), torch.randn(10, 5, device=DEVICE).t()
-    dots, out, total = blank(6, 3), blank(5, 10), blank(6, 10)
-    sparse.sampled_dots(rows, indices.t().contiguous().t(), matrix, dots)
+    out, total = blank(5, 10), blank(6, 10)
     sparse.scatter_rows(sparse.plan_by_concept(indices, 5), values.t().contiguous().t(), rows, out)
     sparse.weighted_rows(values, indices, matrix, total, rows)
     picked = matrix.double()[indices]
-    assert_near(dots, (rows.double()[:, None] * picked).sum(2), 20)
     assert_near(out, *scattered(values, indices, rows, 5)[::2])
     assert_near(total, rows.double() + (values.double()[:, :, None] * picked).sum(1), 20)
 
@@ -248,10 +233,9 @@ def test_only_kept_rows_are_read():
     values, indices, rows, matrix = tokens(4, 3, 6, 10)
     indices[:] = torch.tensor([1, 4, 5])
     matrix[[0, 2, 3]] = torch.nan
-    total, dots = blank(4, 10), blank(4, 3)
+    total = blank(4, 10)
     sparse.weighted_rows(values, indices, matrix, total)
-    sparse.sampled_dots(rows, indices, matrix, dots)
-    assert total.isfinite().all() and dots.isfinite().all()
+    assert total.isfinite().all()
 
 
 def test_nothing_waits_for_the_device(monkeypatch):

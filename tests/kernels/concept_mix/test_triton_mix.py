@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kernel_helpers import DEVICE, assert_all_close, assert_no_worse_than, cast, gpu_only, leaves, relative_error, run
 
 from cocomix_kernels import concept_add, concept_mix, reference
-from cocomix_kernels.common.launch import recording
+from cocomix_kernels.common.recording import recording
 
 FLOATING = (0, 1, 3, 4, 5, 6, 7)
 OPERATIONS = {
