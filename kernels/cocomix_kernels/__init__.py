@@ -4,7 +4,8 @@ from cocomix_kernels.attention.op import interleaved_attention
 from cocomix_kernels.attribution.op import concept_attribution
 from cocomix_kernels.concept_head.op import ConceptHead, concept_head
 from cocomix_kernels.concept_head.topk_linear import topk_linear
-from cocomix_kernels.concept_mix.op import concept_add, concept_mix, concept_vectors
+from cocomix_kernels.concept_mix.eager import concept_vectors
+from cocomix_kernels.concept_mix.op import concept_add, concept_mix
 from cocomix_kernels.lm_loss.cross_entropy import linear_cross_entropy
 from cocomix_kernels.lm_loss.distillation import (
     DistillationLoss,

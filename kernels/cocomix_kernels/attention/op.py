@@ -13,78 +13,16 @@ import importlib
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cocomix_kernels.attention.eager import torch_attention, torch_causal
 from cocomix_kernels.common.checks import check_same, check_shapes
 from cocomix_kernels.common.dispatch import choose_backend
-
-_aten = torch.ops.aten
-
-
-class _ConceptQueriesOnCpu(torch.autograd.Function):
-    """Two causal flash problems, merged. Given the merged output and log-sum-exp, a flash backward pass over either
-    half yields that half's dk and dv exactly, and its share of dq."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, scale):  # q [B, T, H, D], k and v [B, 2T, H, D]
-        q = q.transpose(1, 2)
-        outs, lses = zip(
-            *(
-                _aten._scaled_dot_product_flash_attention_for_cpu(q, k_half, v_half, 0.0, True, scale=scale)
-                for k_half, v_half in zip(_halves(k), _halves(v), strict=True)
-            ),
-            strict=True,
-        )
-        lse = torch.logaddexp(*lses)  # [B, H, T], float32 for bfloat16 inputs
-        share = (lses[1] - lse).exp()[..., None]
-        out = torch.lerp(*(part.to(lse.dtype) for part in outs), share).to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.scale = scale
-        return out.transpose(1, 2)
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv = 0, torch.empty_like(k), torch.empty_like(v)
-        for k_half, v_half, dk_half, dv_half in zip(*map(_halves, (k, v, dk, dv)), strict=True):
-            dq_part, dk_part, dv_part = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad.transpose(1, 2), q, k_half, v_half, out, lse, 0.0, True, scale=ctx.scale
-            )
-            dq = dq + dq_part
-            dk_half.copy_(dk_part)
-            dv_half.copy_(dv_part)
-        return dq.transpose(1, 2), dk, dv, None
-
-
-def _halves(x):  # [B, 2T, H, D] -> its even and its odd positions as [B, H, T, D] views
-    return x[:, 0::2].transpose(1, 2), x[:, 1::2].transpose(1, 2)
-
-
-def _masked_concept_queries(q, k, v, scale):
-    length = q.shape[1]
-    positions = torch.arange(2 * length, device=q.device)
-    mask = positions <= positions[1::2, None]
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
-
-
-def _torch_backend(q, k, v, scale):
-    if q.shape[1] == k.shape[1]:
-        return _torch_causal(q, k, v, scale)
-    if q.device.type == "cpu":
-        return _ConceptQueriesOnCpu.apply(q, k, v, scale)
-    return _masked_concept_queries(q, k, v, scale)
-
-
-def _torch_causal(q, k, v, scale):
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
 
 
 def _cudnn_causal(q, k, v, scale):
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return _torch_causal(q, k, v, scale)
+        return torch_causal(q, k, v, scale)
 
 
 @torch.library.custom_op("cocomix::interleaved_attention", mutates_args=())
@@ -222,7 +160,7 @@ def _default(q, concept_queries):
 
 
 def _implementations(q, concept_queries):
-    found = {"torch": _torch_backend}
+    found = {"torch": torch_attention}
     if q.dtype in (torch.bfloat16, torch.float16, torch.float32) and q.shape[-1] <= 128:
         found["triton"] = _triton_backend
     if not concept_queries:

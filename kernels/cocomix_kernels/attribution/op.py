@@ -5,25 +5,11 @@ Shapes: N tokens, d teacher width, C latents, k active latents, K labels.
 
 import torch
 
+from cocomix_kernels.attribution.eager import torch_attribution
 from cocomix_kernels.common.checks import check_device, check_floats, check_integers, check_k, check_range, check_shapes
-from cocomix_kernels.common.chunking import accumulation_dtype, row_chunks
 from cocomix_kernels.common.dispatch import choose_backend
 
 _TRITON_LATENTS = 512  # its kernel sorts a token's attributions in the registers of one warp
-
-
-def _torch_backend(values, indices, grad, decoder, label_topk):
-    n_tokens, k = indices.shape
-    dtype = torch.promote_types(accumulation_dtype(decoder.dtype), accumulation_dtype(values.dtype))
-    labels = indices.new_full((n_tokens, label_topk), -1, dtype=torch.int64)
-    kept = min(k, label_topk)
-    for rows in row_chunks(n_tokens, 2 * k * decoder.shape[1] * dtype.itemsize, values.device):
-        ascending, order = indices[rows].long().sort(1)  # the stable sort below then breaks ties to the lowest index
-        dots = torch.bmm(decoder[ascending].to(dtype), grad[rows, :, None].to(dtype))[:, :, 0]
-        attribution = values[rows].to(dtype).gather(1, order) * dots
-        best, position = attribution.sort(dim=1, descending=True, stable=True)
-        labels[rows, :kept] = torch.where(best > 0, ascending.gather(1, position), -1)[:, :kept]
-    return labels
 
 
 @torch.library.custom_op("cocomix::concept_attribution", mutates_args=())
@@ -50,8 +36,8 @@ def _labels(values, indices, grad, decoder, label_topk):
 
 def _implementations(values, indices, grad, decoder):
     if indices.shape[1] > _TRITON_LATENTS or torch.float64 in (values.dtype, grad.dtype, decoder.dtype):
-        return {"torch": _torch_backend}
-    return {"torch": _torch_backend, "triton": _triton_backend}
+        return {"torch": torch_attribution}
+    return {"torch": torch_attribution, "triton": _triton_backend}
 
 
 @torch.no_grad()

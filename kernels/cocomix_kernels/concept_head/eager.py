@@ -1,0 +1,81 @@
+"""The steps of `concept_head` and `topk_linear` on a chunk of logits, in PyTorch.
+
+R rows of a chunk, C concepts, k kept, K labels a row.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from cocomix_kernels.common.chunking import accumulation_dtype, row_chunks
+from cocomix_kernels.common.selection import stable_topk
+
+
+class Targets(NamedTuple):
+    """Labels of some rows and what they weigh in the loss."""
+
+    labels: torch.Tensor  # [R, K], -1 where there is none
+    label_weights: torch.Tensor  # [R, K], 0 where there is none
+    token_weights: torch.Tensor  # [R], the sum of a row's label weights
+
+    def rows(self, rows: slice) -> "Targets":
+        """The same for a slice of the rows."""
+        return Targets(*(t[rows] for t in self))
+
+
+class TorchSteps:
+    """What happens to a chunk of logits between the library's products."""
+
+    def bytes_per_logit(self, dtype: torch.dtype) -> int:
+        """Room for a logit; where sums have a higher precision, for one copy in each."""
+        wide = accumulation_dtype(dtype).itemsize
+        return wide if dtype.itemsize == wide else wide + 2 * dtype.itemsize
+
+    def topk(self, logits, k, values, indices) -> None:
+        """Write the k largest of each row, in order, to values [R, k] and indices [R, k]."""
+        top, indices[:] = stable_topk(logits, k)
+        values[:] = top
+
+    def topk_and_loss(self, logits, k, targets, values, indices, gradient_wanted):
+        """`topk`, the weighted cross-entropy summed over the chunk, its gradient with respect to the logits and that
+        gradient's column sums [C] (both None unless wanted). Overwrites logits where the dtype allows."""
+        self.topk(logits, k, values, indices)
+        top, labels = values[:, :1], targets.labels.long().clamp(min=0)
+        label_logits = logits.gather(1, labels).to(values.dtype)
+        p = logits.to(values.dtype).sub_(top).exp_()  # for float32 logits this is the buffer itself
+        total = p.sum(1, keepdim=True)
+        losses = targets.label_weights * (top + total.log() - label_logits)
+        loss = torch.where(targets.label_weights > 0, losses, 0).sum()
+        if not gradient_wanted:
+            return loss, None, None
+        p.mul_(targets.token_weights[:, None] / total).scatter_add_(1, labels, -targets.label_weights)
+        return loss, p.to(logits.dtype), p.sum(0)
+
+    def linear_gradients(self, grad_values, indices, x, weight, of_loss, grad_loss, wanted):
+        """Gradients (dx, dw, db) of a linear layer that is reached through k kept outputs a row and through a loss.
+
+        grad_values [N, k] and `of_loss`, the loss's own (dx, dw, db), may each be None; grad_loss is a scalar tensor.
+        `wanted` is a pair of flags for dx and for dw with db; an unwanted gradient comes out empty.
+        """
+        dx_wanted, dw_wanted = wanted
+        dtype = accumulation_dtype(x.dtype)
+        gradients = [None, None, None]
+        for i, (like, is_wanted) in enumerate(((x, dx_wanted), (weight, dw_wanted), (weight[:, 0], dw_wanted))):
+            if is_wanted and of_loss is None:
+                gradients[i] = x.new_zeros(like.shape, dtype=dtype)
+            elif is_wanted:
+                gradients[i] = of_loss[i].to(dtype) * grad_loss
+        if grad_values is not None:
+            _add_sparse_gradients(grad_values, indices, x, weight, *gradients)
+        return tuple(x.new_empty(0) if g is None else g.to(x.dtype) for g in gradients)
+
+
+def _add_sparse_gradients(grad_values, indices, x, weight, dx, dw, db):  # never touches more than the kept rows
+    n_kept, width = indices.shape[1], x.shape[1]
+    for rows in row_chunks(x.shape[0], 2 * n_kept * width * accumulation_dtype(x.dtype).itemsize, x.device):
+        g, kept = grad_values[rows], indices[rows]
+        if dx is not None:
+            dx[rows] += torch.bmm(g[:, None, :].to(dx.dtype), weight[kept].to(dx.dtype))[:, 0]
+        if dw is not None:
+            dw.index_add_(0, kept.flatten(), (g[:, :, None].to(dw.dtype) * x[rows, None, :]).flatten(0, 1))
+            db.index_add_(0, kept.flatten(), g.flatten().to(db.dtype))
