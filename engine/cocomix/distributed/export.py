@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -39,6 +40,17 @@ def is_checkpoint(folder: Path) -> bool:
 def description_folder(folder: Path) -> Path:
     """Where config and tokenizer of what `find_model` found lie."""
     return folder / "model" if is_checkpoint(folder) else folder
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run."""
+    return (folder / "run.json").is_file()
+
+
+def run_of(path) -> Path | None:
+    """The folder of the run that a model lies in: `path` or one of the folders above it; None outside of runs."""
+    path = Path(os.path.abspath(path))
+    return next((folder for folder in (path, *path.parents) if is_run(folder)), None)
 
 
 def load_model(path):
@@ -131,7 +143,7 @@ def _weight_files(folder):
         files = [folder / "model.safetensors"]
     missing = [file for file in files if not file.is_file()]
     if missing:
-        raise CocomixError(f"{folder} holds no whole model: {missing[0].name} is missing")
+        raise CocomixError(f"{folder} holds only part of a model: {missing[0].name} is missing")
     return files
 
 
