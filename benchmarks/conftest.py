@@ -16,11 +16,11 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-import machine  # noqa: E402
-import summary  # noqa: E402
-from harness import Setting, measure  # noqa: E402
+import machine
+import summary
+from harness import Setting, measure
 
-from cocomix.core.machine import describe  # noqa: E402
+from cocomix.core.machine import describe
 
 RUN = pytest.StashKey()
 

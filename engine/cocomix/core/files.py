@@ -101,7 +101,7 @@ def atomic_write(path, mode: str = "wb"):
     """
     with atomic_path(path) as aside:
         with _explain_refusal(path):
-            file = open(aside, mode, encoding=None if "b" in mode else "utf-8")  # noqa: SIM115  closed below
+            file = open(aside, mode, encoding=None if "b" in mode else "utf-8")
         with file:
             yield file
 

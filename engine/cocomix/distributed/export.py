@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -39,6 +40,17 @@ def is_checkpoint(folder: Path) -> bool:
 def description_folder(folder: Path) -> Path:
     """Where config and tokenizer of what `find_model` found lie."""
     return folder / "model" if is_checkpoint(folder) else folder
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run."""
+    return (folder / "run.json").is_file()
+
+
+def run_of(path) -> Path | None:
+    """The folder of the run that a model lies in: `path` or one of the folders above it; None outside of runs."""
+    path = Path(os.path.abspath(path))
+    return next((folder for folder in (path, *path.parents) if is_run(folder)), None)
 
 
 def load_model(path):
@@ -131,7 +143,7 @@ def _weight_files(folder):
         files = [folder / "model.safetensors"]
     missing = [file for file in files if not file.is_file()]
     if missing:
-        raise CocomixError(f"{folder} holds no whole model: {missing[0].name} is missing")
+        raise CocomixError(f"{folder} holds only part of a model: {missing[0].name} is missing")
     return files
 
 
@@ -139,7 +151,7 @@ def _stored_shapes(files):
     found = {}
     for file in files:
         with _opened(file) as weights:
-            found |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+            found |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}
     return found
 
 
@@ -185,7 +197,7 @@ def _opened(file):
 def _cast(file, target, dtype) -> int:
     """Write one file of weights in another precision; returns the bytes of its tensors."""
     with _opened(file) as weights:
-        tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+        tensors = {name: weights.get_tensor(name) for name in weights.keys()}
         metadata = weights.metadata() or {"format": "pt"}
     return _save(tensors, target, dtype, metadata, where=file)
 

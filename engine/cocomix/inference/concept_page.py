@@ -5,9 +5,10 @@ from string import Template
 
 import numpy as np
 
+from cocomix.inference.concept_cards import Card
 from cocomix.inference.concept_names import called
+from cocomix.inference.concept_reading import Reading, agreement, ignored
 from cocomix.inference.concept_survey import Context, Histogram, Survey
-from cocomix.inference.concepts import Card, Reading, agreement, ignored
 
 # Okabe and Ito's colours without black; a concept's id under each token carries the difference on paper.
 _COLORS = ("0,114,178", "213,94,0", "0,158,115", "204,121,167", "230,159,0", "86,180,233", "190,170,20", "110,110,110")
@@ -128,7 +129,7 @@ def page(
     norms: np.ndarray,
 ) -> str:
     """The whole page. `norms` [C] are those of the compress layer's rows; everything else is as
-    `cocomix.inference.concepts` has found it."""
+    the other modules of concepts have found it."""
     colors = {card.concept: _COLORS[i % len(_COLORS)] for i, card in enumerate(cards)}
     return _PAGE.substitute(
         model=html.escape(model),

@@ -3,8 +3,12 @@
 from pathlib import Path
 
 from cocomix.core.errors import CocomixError
-from cocomix.core.files import read_json
 from cocomix.data.text import load_tokenizer
+from cocomix.data.token_files import TokenFiles
+from cocomix.distributed.export import description_folder, find_model, load_model
+from cocomix.distributed.ranks import own_device
+from cocomix.inference.loading import run_settings
+from cocomix.teacher.language_model import require_vocabulary
 from cocomix.training.validation import perplexity, validation_loss
 
 
@@ -14,11 +18,6 @@ def evaluate_checkpoint(checkpoint, data=None, seq_len: int | None = None, batch
     `checkpoint` is a transformers folder, a checkpoint or a run; `data` a folder of token files, by default the one
     that the run was trained on. Raises `CocomixError` where model, data and window length do not fit.
     """
-    from cocomix.data.token_files import TokenFiles
-    from cocomix.distributed.export import description_folder, find_model, load_model
-    from cocomix.distributed.ranks import own_device
-    from cocomix.teacher.language_model import require_vocabulary
-
     if batch < 1 or windows < 0:
         raise CocomixError(f"--batch is {batch} and --windows {windows}: expected at least 1 and at least 0 (all)")
     device = own_device()
@@ -51,7 +50,7 @@ def _require_tokenizer(folder: Path, tokens) -> None:
 
 
 def _data_of_run(checkpoint) -> str:
-    for folder in (Path(checkpoint), *Path(checkpoint).absolute().parents):
-        if (folder / "run.json").is_file():
-            return read_json(folder / "run.json", "the run's description")["config"]["data"]["folder"]
-    raise CocomixError(f"{checkpoint} does not lie in the folder of a run: name the token files with --data FOLDER")
+    folder = run_settings(checkpoint, "data").get("folder")
+    if folder is None:
+        raise CocomixError(f"{checkpoint} does not lie in the folder of a run: name the token files with --data FOLDER")
+    return folder

@@ -70,12 +70,14 @@ def encode(usable: UsableModel, prompt: str, room: int = 0) -> list[int]:
         ids = [tokenizer.eos_token_id]
     if context is not None and len(ids) + room > context:
         wanted = f" and {room} more are wanted" if room else ""
-        mend = (
+        advice = (
             f"ask for at most {context - len(ids)} with --max-new-tokens"
             if len(ids) < context
             else ("shorten the prompt")
         )
-        raise CocomixError(f"the prompt has {len(ids)} tokens{wanted}, but the model's context holds {context}: {mend}")
+        raise CocomixError(
+            f"the prompt has {len(ids)} tokens{wanted}, but the model's context holds {context}: {advice}"
+        )
     return ids
 
 

@@ -9,7 +9,7 @@ from cocomix.core.errors import CocomixError
 from cocomix.core.files import read_json
 from cocomix.core.methods import predicts_concepts
 from cocomix.data.text import load_tokenizer
-from cocomix.distributed.export import description_folder, find_model, is_checkpoint, load_model
+from cocomix.distributed.export import description_folder, find_model, is_checkpoint, is_run, load_model, run_of
 from cocomix.inference.concept_names import FILE
 
 _VOCABULARY_MULTIPLE = 256  # vocabularies are padded to a multiple of 64, 128 or 256, for the sake of the products
@@ -50,15 +50,16 @@ def _names_folder(found: Path) -> Path:
     """Beside the model; but beside a run that is or was unfinished when it got names, whose checkpoints come and go."""
     if is_checkpoint(found):
         return found.parents[1]
-    return found.parent if (found.parent / "run.json").is_file() and (found.parent / FILE).is_file() else found
+    return found.parent if is_run(found.parent) and (found.parent / FILE).is_file() else found
 
 
-def run_settings(path) -> dict | None:
-    """The config of the run that a model lies in, as `run.json` has it; None outside of runs."""
-    for folder in (Path(path), *Path(path).absolute().parents):
-        if (folder / "run.json").is_file():
-            return read_json(folder / "run.json", "the run's description").get("config")
-    return None
+def run_settings(path, section: str) -> dict:
+    """A section of the config of the run that a model lies in, as `run.json` has it; empty where there is none."""
+    run = run_of(path)
+    if run is None:
+        return {}
+    config = read_json(run / "run.json", "the run's description").get("config") or {}
+    return config.get(section) or {}
 
 
 def load_teacher(path, config_path, usable: UsableModel):
@@ -73,7 +74,7 @@ def load_teacher(path, config_path, usable: UsableModel):
         section = load_config(config_path).teacher
     else:
         known = {field.name for field in dataclasses.fields(TeacherConfig)}
-        settings = (run_settings(path) or {}).get("teacher") or {}
+        settings = run_settings(path, "teacher")
         section = TeacherConfig(**{key: value for key, value in settings.items() if key in known})
         if not section.model or not section.sae:
             raise CocomixError(

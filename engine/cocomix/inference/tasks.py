@@ -18,7 +18,8 @@ from pathlib import Path
 
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import read_json, write_json
-from cocomix.distributed.export import find_model
+from cocomix.distributed.export import find_model, run_of
+from cocomix.distributed.ranks import own_device
 from cocomix.inference.loading import load_usable
 
 BOOTSTRAP_DRAWS = 1000  # for standard errors that have no formula
@@ -53,18 +54,12 @@ def evaluate_tasks(checkpoints: list[str], options: TaskOptions) -> list[dict]:
         results = _StoredResults(_result_file(folder, options.out), _file_listing(folder), harness.settings)
         missing = [name for name in options.names if name not in results.tasks]
         if missing:
-            adapter = harness.adapter(load_usable(checkpoint, _device()))
+            adapter = harness.adapter(load_usable(checkpoint, own_device()))
             for name in missing:
                 results.add(name, harness.evaluate(adapter, name))
         rows.append(_row(checkpoint, results.tasks, options.names))
     print(format_table(rows))
     return rows
-
-
-def _device():
-    from cocomix.distributed.ranks import own_device
-
-    return own_device()
 
 
 class _Harness:
@@ -206,9 +201,9 @@ def _result_file(folder: Path, out: str | None) -> Path:
     if out is not None:
         name = re.sub(r"[^\w.-]+", "-", str(folder)).strip("-")
         return Path(out) / f"{name}.json"
-    for run in folder.parents:
-        if (run / "run.json").is_file():
-            return run / "evaluations" / ("-".join(folder.relative_to(run).parts) + ".json")
+    run = run_of(folder.parent)
+    if run is not None:
+        return run / "evaluations" / ("-".join(folder.relative_to(run).parts) + ".json")
     return folder.with_name(f"{folder.name}.evaluations.json")
 
 

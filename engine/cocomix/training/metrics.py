@@ -33,7 +33,7 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
         self._keep_until(from_step)
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
+        self._file = open(self._path, "a", encoding="utf-8")
         self._tensorboard = _open_tensorboard(folder, from_step) if config.tensorboard else None
         self._wandb = _open_wandb(folder, config.wandb_project, settings) if config.wandb_project else None
 
