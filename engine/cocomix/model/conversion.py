@@ -27,7 +27,7 @@ def from_reference(model_class, path_or_state_dict, concept_dim, insert_layer, c
         raise CocomixError(f"{where} does not tell the number of heads: pass n_head")
     missing = [name for name in ("transformer.wte.weight", "transformer.wpe.weight", _COMPRESS) if name not in state]
     if missing:
-        raise CocomixError(f"{where} is no checkpoint of the public CoCoMix code: {', '.join(missing)} is missing")
+        raise CocomixError(f"{where} is not a checkpoint of the public CoCoMix code: {', '.join(missing)} is missing")
     if state[_COMPRESS].shape[1] != concept_dim:
         raise CocomixError(
             f"{where} holds {state[_COMPRESS].shape[1]} concepts but concept_dim is {concept_dim}: pass the "
