@@ -86,7 +86,7 @@ def test_a_bare_state_dict_needs_the_number_of_heads():
 
 def test_a_checkpoint_of_something_else_is_named(tmp_path):
     gpt2().save_pretrained(tmp_path)
-    with pytest.raises(CocomixError, match=f"{tmp_path}.*no checkpoint of the public CoCoMix code.*compress_layer"):
+    with pytest.raises(CocomixError, match=f"{tmp_path}.*not a checkpoint of the public CoCoMix code.*compress_layer"):
         CoCoMixForCausalLM.from_reference(tmp_path, **GOLDEN_SETTINGS)
 
 
