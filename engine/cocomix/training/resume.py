@@ -51,6 +51,10 @@ MAY_CHANGE = (
     "train.grad_clip",
 )
 
+# Settings and fingerprints, or what their names begin with ("section" in "section.key", "the labels" in "the labels'
+# layer"), as earlier versions stored them, and what they are called now.
+RENAMED: dict[str, str] = {}
+
 
 def settings(config: Config) -> dict:
     """Every setting by its full name; the `deepspeed` section is one value."""
@@ -61,6 +65,12 @@ def settings(config: Config) -> dict:
         else:
             flat |= {f"{section}.{key}": inner for key, inner in value.items()}
     return flat
+
+
+def identity(config: Config, text_fingerprint: str, supervision_fingerprints: dict[str, str]) -> dict:
+    """What decides about the trajectory, and all settings, as JSON values by name: what a resumed run is compared by,
+    and what all ranks must agree on."""
+    return {**settings(config), "the text's fingerprint": text_fingerprint, **supervision_fingerprints}
 
 
 def code_fingerprint() -> str:
@@ -80,7 +90,7 @@ def require_same_run(stored: dict, now: dict, checkpoint) -> list[str]:
     Both map names to JSON values. A setting that came with a later version than `stored` had its default then. What
     else only one of them has is not compared: the fingerprints of a teacher, for example, are not always known.
     """
-    stored = {**settings(Config()), "the labels' labels_by": "attribution", **stored}
+    stored = {**settings(Config()), "the labels' labels_by": "attribution", **_by_present_names(stored)}
     changes = {
         name: f"{name} was {stored[name]} and is {value}"
         for name, value in now.items()
@@ -89,10 +99,23 @@ def require_same_run(stored: dict, now: dict, checkpoint) -> list[str]:
     refused = [text for name, text in changes.items() if not _may_change(name)]
     if refused:
         raise CocomixError(
-            f"{checkpoint} cannot be gone on with: {'; '.join(refused)}. Use what the run was started with, or another "
+            f"{checkpoint} cannot be resumed: {'; '.join(refused)}. Use what the run was started with, or another "
             "train.run"
         )
     return list(changes.values())
+
+
+def _by_present_names(stored: dict) -> dict:
+    """Values that were stored under names of an earlier version, under those of this one."""
+    return {_present_name(name): value for name, value in stored.items()}
+
+
+def _present_name(name: str) -> str:
+    for old, new in RENAMED.items():
+        rest = name.removeprefix(old)
+        if name.startswith(old) and (not rest or rest[0] in ".'"):
+            return new + rest
+    return name
 
 
 def _may_change(name: str) -> bool:

@@ -87,7 +87,7 @@ class TrainStep:
             self._ahead = StepBatches(
                 batches,
                 rounds,
-                lambda batch: self.supervision.add_to(batch),
+                lambda batch: self.supervision.add_to(batch),  # looked up each time: the profiler replaces it
                 self.ranks.device,
                 whole_steps=self._learns_concepts,
             )
