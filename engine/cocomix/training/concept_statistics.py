@@ -25,16 +25,9 @@ def concept_statistics(model, batches, concept_dim: int, ranks: Ranks) -> dict[s
         present = labels >= 0
         labelled = present.any(-1).sum().item()
         found = (labels.unsqueeze(-1) == out.concept_indices.unsqueeze(-2)).any(-1) & present
-        sums += torch.tensor(
-            [
-                present[..., 0].numel(),
-                labelled,
-                present.sum().item(),
-                found.sum().item(),
-                out.concept_loss.item() * labelled,
-            ],
-            dtype=torch.float64,
-        )
+        n_tokens, loss = batch["input_ids"].numel(), out.concept_loss.item()
+        counts = [n_tokens, labelled, present.sum().item(), found.sum().item(), loss * labelled]
+        sums += torch.tensor(counts, dtype=torch.float64)
         in_labels[labels[present]] = 1
         in_predictions[out.concept_indices.flatten()] = 1
     model.train(was_training)

@@ -79,7 +79,7 @@ class Trainer:
         self.saves = SavePolicy(self.engine, config, tokenizer, ranks)
         self.step = 0
         self.evaluation: Evaluation | None = None  # the newest one
-        self.log: RunLog | None = None
+        self.log: RunLog | None = None  # once training starts
 
     def fit(self) -> int:
         """Train to the end or to an interrupt; returns the exit code."""
@@ -107,13 +107,13 @@ class Trainer:
                 watch.require_no_divergence(self.step)
                 if self.step % eval_every == 0 or self.step == total:
                     with interval.paused():
-                        self._evaluate()
+                        self._evaluate(log)
                 saves.notice_failure(self.step)
                 if is_saved:
                     with interval.paused():
-                        saves.begin(self.step, self._state())
+                        saves.begin(self.step, self._state(log))
             saves.finish(self.step)
-        return self._finish() if self.step >= total else self._interrupted()
+        return self._finish(log) if self.step >= total else self._interrupted()
 
     def _resume(self) -> float:
         """Go on where the newest checkpoint was made, if there is one; returns the seconds of training until then."""
@@ -129,28 +129,28 @@ class Trainer:
             print(f"{self.run} goes on after step {self.step} with changes: {'; '.join(changes)}")
         return state["elapsed_s"]
 
-    def _state(self) -> dict:
+    def _state(self, log: RunLog) -> dict:
         """What `_resume` reads of a checkpoint, beside the engine's state."""
-        return {"elapsed_s": self.log.elapsed_s, "identity": self.identity, "loss_watch": self.watch.state()}
+        return {"elapsed_s": log.elapsed_s, "identity": self.identity, "loss_watch": self.watch.state()}
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, log: RunLog) -> Evaluation:
         self.evaluation = self.validation.evaluate()
-        self.log.evaluation(self.step, self.evaluation)
+        log.evaluation(self.step, self.evaluation)
+        return self.evaluation
 
     def _interrupted(self) -> int:
         if self.ranks.is_first:
             print(f"interrupted: saved step {self.step} of {self.config.total_steps}; go on with --resume")
         return EXIT_RESUME
 
-    def _finish(self) -> int:
+    def _finish(self, log: RunLog) -> int:
         self.saves.require_saved(self.step)
-        if self.evaluation is None:  # interrupted between the last checkpoint and here
-            self._evaluate()
-        self.log.summary(self.step, self.evaluation)
+        evaluation = self.evaluation or self._evaluate(log)  # none: interrupted between the last checkpoint and here
+        log.summary(self.step, evaluation)
         if self.ranks.is_first:
             export_checkpoint(latest_checkpoint(self.run), self.run / "model")  # last: a run with a model is finished
             print(
-                f"{self.run}: validation perplexity {self.evaluation.perplexity:.2f} after {self.step} steps; "
+                f"{self.run}: validation perplexity {evaluation.perplexity:.2f} after {self.step} steps; "
                 f"the model is in {self.run / 'model'}"
             )
         return 0
