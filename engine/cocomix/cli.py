@@ -340,9 +340,10 @@ def _data(options):
 
 
 def _train(options):
+    from cocomix.costs.memory_check import memory_warning
     from cocomix.training.trainer import train
 
-    return train(_config(options), resume=options.resume)
+    return train(_config(options), resume=options.resume, memory_warning=memory_warning)
 
 
 def _sae(options):

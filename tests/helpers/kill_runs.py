@@ -203,7 +203,7 @@ class Training(Story):
         return "end" if last == STEPS else "training"
 
     def _check_lines(self, lines):
-        """Each is the reference's; those up to the checkpoint that was gone on from are still the same ones."""
+        """Each is the reference's; those up to the checkpoint that it resumed from are still the same ones."""
         for key, line in lines.items():
             expected = self._expected.get(key, {})
             require(self._equal(line, expected), f"{self.folder}: {line} is not {expected}")

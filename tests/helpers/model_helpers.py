@@ -161,3 +161,11 @@ def left_padded(prompts, length):
     for row, prompt in enumerate(prompts):
         ids[row, length - len(prompt) :], mask[row, length - len(prompt) :] = prompt, 1
     return ids, mask
+
+
+@torch.no_grad()
+def naive_loss_of_windows(model, split, seq_len, windows):
+    """Next-token loss, mean over every prediction of windows of a token file's split, from logits."""
+    ids = torch.from_numpy(np.stack([split.window(i, seq_len) for i in windows]))
+    logits = model(ids).logits[:, :-1]
+    return float(F.cross_entropy(logits.flatten(0, 1).double(), ids[:, 1:].flatten()))

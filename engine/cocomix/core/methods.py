@@ -9,7 +9,6 @@ none        next-token prediction
 
 # What a student may learn from beside its tokens, as messages and the fingerprints in checkpoints name it
 CONCEPT_LABELS, SOFT_TARGETS = "labels", "soft targets"
-LABELS = CONCEPT_LABELS
 MIXING = ("interleave", "add", "predict", "pause", "none")
 _TITLES = {
     "interleave": "CoCoMix",

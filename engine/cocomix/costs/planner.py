@@ -23,7 +23,7 @@ from cocomix.core.flops import (
     parameter_sizes,
     training_flops,
 )
-from cocomix.core.methods import LABELS, SOFT_TARGETS, doubles_sequence, mixes_concepts, predicts_concepts
+from cocomix.core.methods import CONCEPT_LABELS, SOFT_TARGETS, doubles_sequence, mixes_concepts, predicts_concepts
 from cocomix.core.shapes import StudentShape, TeacherShape, student_shape
 from cocomix.costs.cluster import Cluster
 from cocomix.costs.footprint import WIDE, Footprint, Setup, footprint
@@ -114,7 +114,7 @@ def _teacher(config):
     online = [kind.name for kind in wanted_kinds(config) if not kind.cache_folder(config)]
     if not online:
         return None
-    labels, soft_targets = LABELS in online, SOFT_TARGETS in online
+    labels, soft_targets = CONCEPT_LABELS in online, SOFT_TARGETS in online
     cache = (
         f", or set {'concept_labels' if labels else 'distillation'}.cache"
         if labels or config.distillation.top_k

@@ -9,7 +9,7 @@ import torch
 
 from cocomix.core.config import Config
 from cocomix.core.errors import CocomixError
-from cocomix.core.methods import LABELS, SOFT_TARGETS
+from cocomix.core.methods import CONCEPT_LABELS, SOFT_TARGETS
 from cocomix.core.shapes import StudentShape
 from cocomix.costs.planner import make_job
 from cocomix.data.token_files import TokenFiles
@@ -107,8 +107,8 @@ def student_shape(config: Config, vocab_size: int | None) -> StudentShape:
 def random_caches(config: Config, vocab_size: int) -> dict:
     """What caches would hold for the config's student, at random."""
     length, made = config.data.seq_len, {}
-    if LABELS in learns_from(config):
-        made[LABELS] = RandomLabels(config.model.concept_dim, length, config.teacher.label_topk)
+    if CONCEPT_LABELS in learns_from(config):
+        made[CONCEPT_LABELS] = RandomLabels(config.model.concept_dim, length, config.teacher.label_topk)
     if SOFT_TARGETS in learns_from(config):
         if config.distillation.top_k is None:
             raise CocomixError(
@@ -125,14 +125,14 @@ def build_teachers(config: Config, device: torch.device, vocab_size: int, at_ran
     arithmetic does not depend. Raises `CocomixError` where they cannot be loaded or do not fit the student.
     """
     made, model = {}, None
-    if LABELS in learns_from(config):
-        made[LABELS] = (
+    if CONCEPT_LABELS in learns_from(config):
+        made[CONCEPT_LABELS] = (
             _random_teacher(config, device, vocab_size)
             if at_random
             else ConceptTeacher.from_config(config.teacher, device)
         )
-        ConceptLabels().require_fit(config, made[LABELS])
-        model = made[LABELS].model
+        ConceptLabels().require_fit(config, made[CONCEPT_LABELS])
+        model = made[CONCEPT_LABELS].model
     if SOFT_TARGETS in learns_from(config):
         if model is None and at_random:
             model = _random_gpt2(config, device, vocab_size)

@@ -17,7 +17,7 @@ from cocomix.core.config import Config
 from cocomix.core.errors import CocomixError
 from cocomix.core.flops import ideal_ratio, training_flops
 from cocomix.core.machine import ProductRate, give_memory_back, is_out_of_memory, kept_bytes, peak_bytes, synchronize
-from cocomix.core.methods import LABELS, SOFT_TARGETS, method_title, mixes_concepts
+from cocomix.core.methods import CONCEPT_LABELS, SOFT_TARGETS, method_title, mixes_concepts
 from cocomix.costs.profile_inputs import baseline, build_teachers, open_tokens, random_caches, student_shape
 from cocomix.costs.step_parts import OPTIMIZER, Timeline, marked, marked_updates
 from cocomix.distributed.ranks import Ranks
@@ -127,13 +127,14 @@ class Profile:
                     f"the method ({method_title(config.model.mixing)}) learns from no teacher: leave out --labels"
                 )
             return (ALONE,)
-        of_labels = LABELS not in wanted or config.teacher.sae
+        of_labels = CONCEPT_LABELS not in wanted or config.teacher.sae
         has_teacher = self.options.random_teacher or bool(config.teacher.model and of_labels)
         is_possible = {CACHED: SOFT_TARGETS not in wanted or config.distillation.top_k, ONLINE: has_teacher}
         kinds = self.options.labels or tuple(kind for kind in (CACHED, ONLINE) if is_possible[kind])
         if not kinds or (ONLINE in kinds and not has_teacher):
             raise CocomixError(
-                f"online {wanted[0]} need a teacher: set teacher.model{' and teacher.sae' * (LABELS in wanted)}, or "
+                f"online {wanted[0]} need a teacher: set teacher.model"
+                f"{' and teacher.sae' if CONCEPT_LABELS in wanted else ''}, or "
                 f"pass --random-teacher{', or profile --labels cached alone' * bool(is_possible[CACHED])}"
             )
         return kinds
@@ -156,7 +157,11 @@ class Profile:
             self._add(TRANSFORMERS, "transformers GPT-2", ntp, NTP, of=NTP, way=way, has_parts=False)
         if PUBLIC in self.options.against:
             for kind in self.kinds:
-                teachers = {LABELS: self.peers.PublicTeacher(self.teachers[LABELS])} if kind == ONLINE else None
+                teachers = (
+                    {CONCEPT_LABELS: self.peers.PublicTeacher(self.teachers[CONCEPT_LABELS])}
+                    if kind == ONLINE
+                    else None
+                )
                 self._add(
                     f"{PUBLIC} {kind}",
                     f"public way, {kind} labels",
@@ -321,7 +326,7 @@ def _load_peers(options, config):
             f"--against needs the programs in benchmarks/, which are not part of the installed package: there is no "
             f"{folder}; run it from a checkout, installed with pip install -e ."
         )
-    has_public_form = mixes_concepts(config.model.mixing) and learns_from(config) == (LABELS,)
+    has_public_form = mixes_concepts(config.model.mixing) and learns_from(config) == (CONCEPT_LABELS,)
     if PUBLIC in options.against and not (has_public_form and config.teacher.labels_by == "attribution"):
         raise CocomixError(
             "--against public needs model.mixing=interleave or add, labels by attribution and no "

@@ -8,24 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from cocomix.core.errors import CocomixError
-from cocomix.core.files import read_json
-from cocomix.core.methods import MIXING, labels_name, method_title, predicts_concepts, soft_targets_name
+from cocomix.core.methods import labels_name, method_title, predicts_concepts, soft_targets_name
+from cocomix.training.run_record import FILE_NAME, RunRecord
 
-_DATA_KEYS = ("vocab_size", "train_tokens", "val_tokens", "val_unigram_perplexity")
-_RUN_KEYS = (
-    "name",
-    "mode",
-    "labels",
-    "device",
-    "world_size",
-    "parameters",
-    "tokens_per_step",
-    "total_steps",
-    "seq_len",
-    "versions",
-    "config",
-    "data",
-)
 _METRIC_KEYS = {
     "train": ("step", "tokens", "ntp_loss", "step_time_s", "tokens_per_s", "peak_memory_gib"),
     "eval": ("step", "tokens", "loss", "perplexity", "elapsed_s"),
@@ -37,33 +22,37 @@ _METRIC_KEYS = {
 class Run:
     """One training run as it lies on disk.
 
-    `info` is `run.json`; `train` and `evaluations` are the lines of `metrics.jsonl` by kind, in order of steps;
+    `record` is `run.json`; `train` and `evaluations` are the lines of `metrics.jsonl` by kind, in order of steps;
     `summary` is None while the run has not finished. Losses are in nats per token.
     """
 
     folder: Path
-    info: dict[str, Any]
+    record: RunRecord
     train: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     summary: dict[str, Any] | None
 
     @property
+    def info(self) -> dict[str, Any]:
+        """The record as JSON values by key."""
+        return self.record.as_json()
+
+    @property
     def title(self) -> str:
         """What was trained, in words: "NTP", "CoCoMix (cached labels)", …"""
-        mixing, soft = self.info["mode"], self.info.get("soft_targets")
-        of_labels = self.info["labels"] if predicts_concepts(mixing) else None
-        config = self.info["config"]
+        method, soft, config = self.record.method, self.record.soft_targets, self.record.config
+        of_labels = self.record.concept_labels if predicts_concepts(method) else None
         names = (
             labels_name(config.get("teacher", {}).get("labels_by", "attribution")),
             soft_targets_name(config.get("distillation", {}).get("top_k")),
         )
         sources = [f"{kind} {name}" for kind, name in zip((of_labels, soft), names, strict=True) if kind]
-        return method_title(mixing, distils=bool(soft)) + (f" ({', '.join(sources)})" if sources else "")
+        return method_title(method, distils=bool(soft)) + (f" ({', '.join(sources)})" if sources else "")
 
     @property
     def is_baseline(self) -> bool:
         """Whether this is plain next-token prediction, which the others are compared with."""
-        return self.info["mode"] == "none" and not self.info.get("soft_targets")
+        return self.record.method == "none" and not self.record.soft_targets
 
     @property
     def last_step(self) -> int:
@@ -73,7 +62,7 @@ class Run:
     @property
     def flops_per_token(self) -> float | None:
         """Floating-point operations of training on a token, labels included; None where the run does not tell."""
-        return self.info.get("flops_per_token")
+        return self.record.flops_per_token
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -112,36 +101,17 @@ def load_run(folder) -> Run:
             f"{folder} is a file, not the folder of a run: each profile or benchmark is named after an "
             "option of its own, --profile FILE or --bench FILE"
         )
-    if not (folder / "run.json").is_file():
-        raise CocomixError(f"{folder} is not a run folder (no run.json in it); name one that `cocomix train` wrote")
-    info = read_json(folder / "run.json", "the run's description")
-    _check_info(info, folder / "run.json")
+    if not (folder / FILE_NAME).is_file():
+        raise CocomixError(f"{folder} is not a run folder (no {FILE_NAME} in it); name one that `cocomix train` wrote")
+    run_record = RunRecord.read(folder)
     records = _without_repeated_steps(_read_metrics(folder / "metrics.jsonl"))
     of_kind = {kind: [record for record in records if record["kind"] == kind] for kind in _METRIC_KEYS}
     evaluations = {record["tokens"]: record for kind in ("summary", "eval") for record in of_kind[kind]}
     if not evaluations:
         raise CocomixError(f"{folder} has no evaluation yet: wait for its first one (train.eval_every) and try again")
     summary = records[-1] if records[-1]["kind"] == "summary" else None
-    return Run(folder, info, of_kind["train"], [evaluations[tokens] for tokens in sorted(evaluations)], summary)
-
-
-def _check_info(info: dict[str, Any], path: Path) -> None:
-    missing = [key for key in _RUN_KEYS if key not in info]
-    if isinstance(info.get("data"), dict):
-        missing += [f"data.{key}" for key in _DATA_KEYS if key not in info["data"]]
-    if missing:
-        raise CocomixError(f"{path} lacks {', '.join(missing)}: was it written by another version of cocomix?")
-    for key in ("versions", "config", "data"):
-        if not isinstance(info[key], dict):
-            raise CocomixError(f"{path}: {key} must be a JSON object, not {info[key]!r}")
-    if info["mode"] not in MIXING:
-        raise CocomixError(f"{path}: mode is {info['mode']!r}; it must be one of {', '.join(MIXING)}")
-    numbers = {key: info[key] for key in ("world_size", "parameters", "tokens_per_step", "total_steps", "seq_len")}
-    if "flops_per_token" in info:
-        numbers["flops_per_token"] = info["flops_per_token"]
-    for key, value in (numbers | {f"data.{key}": info["data"][key] for key in _DATA_KEYS}).items():
-        if not is_number(value) or not value > 0:
-            raise CocomixError(f"{path}: {key} must be a positive number, not {value!r}")
+    ordered = [evaluations[tokens] for tokens in sorted(evaluations)]
+    return Run(folder, run_record, of_kind["train"], ordered, summary)
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -193,9 +163,9 @@ def _without_repeated_steps(records: list[dict[str, Any]]) -> list[dict[str, Any
 
 
 def titles(runs: list[Run]) -> list[str]:
-    """One distinct title a run: the mode; where modes repeat the run's name too, and else its folder."""
+    """One distinct title a run: its method; where methods repeat the run's name too, and else its folder."""
     titles = [run.title for run in runs]
-    for distinction in (lambda run: run.info["name"], lambda run: run.folder):
+    for distinction in (lambda run: run.record.name, lambda run: run.folder):
         titles = [
             f"{title}, {' '.join(str(distinction(run)).split())}" if titles.count(title) > 1 else title
             for title, run in zip(titles, runs, strict=True)

@@ -15,8 +15,8 @@ def concept_statistics(model, batches, concept_dim: int, ranks: Ranks) -> dict[s
     many of the `concept_dim` occur in labels and in predictions; `concept_loss`, the mean over labelled tokens.
     """
     device = ranks.device
-    labelled_by, predicted_by = (torch.zeros(concept_dim, device=device) for _ in range(2))
-    sums = dict.fromkeys(("tokens", "labelled", "labels", "found", "loss"), 0.0)
+    in_labels, in_predictions = torch.zeros(concept_dim, device=device), torch.zeros(concept_dim, device=device)
+    sums = torch.zeros(5, dtype=torch.float64)  # tokens, those with a label, labels, labels found, concept loss
     was_training = model.training
     model.eval()
     for batch in batches:
@@ -25,24 +25,18 @@ def concept_statistics(model, batches, concept_dim: int, ranks: Ranks) -> dict[s
         present = labels >= 0
         labelled = present.any(-1).sum().item()
         found = (labels.unsqueeze(-1) == out.concept_indices.unsqueeze(-2)).any(-1) & present
-        counts = (
-            labels.shape[0] * labels.shape[1],
-            labelled,
-            present.sum().item(),
-            found.sum().item(),
-            out.concept_loss.item() * labelled,
-        )
-        sums = {name: sums[name] + count for name, count in zip(sums, counts, strict=True)}
-        labelled_by[labels[present]] = 1
-        predicted_by[out.concept_indices.flatten()] = 1
+        n_tokens, loss = batch["input_ids"].numel(), out.concept_loss.item()
+        counts = [n_tokens, labelled, present.sum().item(), found.sum().item(), loss * labelled]
+        sums += torch.tensor(counts, dtype=torch.float64)
+        in_labels[labels[present]] = 1
+        in_predictions[out.concept_indices.flatten()] = 1
     model.train(was_training)
-    totals = ranks.sum(torch.tensor(list(sums.values()), dtype=torch.float64, device=device)).tolist()
-    tokens, labelled, labels, found, loss = totals
+    tokens, labelled, labels, found, loss = ranks.sum(sums.to(device)).tolist()
     return {
         "concept_tokens": int(tokens),
         "label_coverage": labelled / tokens,
         "concept_agreement": found / max(labels, 1),
-        "label_concepts": int((ranks.sum(labelled_by) > 0).sum()),
-        "predicted_concepts": int((ranks.sum(predicted_by) > 0).sum()),
+        "label_concepts": int((ranks.sum(in_labels) > 0).sum()),
+        "predicted_concepts": int((ranks.sum(in_predictions) > 0).sum()),
         "concept_loss": loss / max(labelled, 1),
     }

@@ -19,9 +19,8 @@ _MANAGED = {
     "scheduler": "train.warmup_steps and train.min_lr_ratio",
     "bf16": "train.precision",
     "fp16": "train.precision",
-    "zero_optimization.stage": "train.zero_stage",
-    "zero_optimization.offload_optimizer": "train.offload_optimizer",
 }
+_MANAGED_OF_ZERO = {"stage": "train.zero_stage", "offload_optimizer": "train.offload_optimizer"}
 # Compiled variants of a block: three kinds of block, with and without gradients, whole and partial batches.
 _BLOCK_VARIANTS = 32
 
@@ -47,7 +46,8 @@ def deepspeed_config(config: Config, world: int) -> dict:
     zero = config.deepspeed.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise CocomixError(f"deepspeed.zero_optimization is {zero!r}; it must be a section of DeepSpeed's settings")
-    _refuse_managed(config.deepspeed, zero)
+    _refuse_managed(config.deepspeed, _MANAGED, "deepspeed")
+    _refuse_managed(zero, _MANAGED_OF_ZERO, "deepspeed.zero_optimization")
     if train.global_batch % (train.micro_batch * world):
         raise CocomixError(
             f"train.global_batch ({train.global_batch}) must be a multiple of train.micro_batch ({train.micro_batch}) "
@@ -72,11 +72,11 @@ def deepspeed_config(config: Config, world: int) -> dict:
     return {**settings, **config.deepspeed, "zero_optimization": _zero_settings(train, zero)}
 
 
-def _refuse_managed(section: dict, zero: dict) -> None:
-    for key, owner in _MANAGED.items():
-        outer, _, inner = key.partition(".")
-        if (inner in zero) if inner else (outer in section):
-            raise CocomixError(f"deepspeed.{key} is filled in from {owner}: set that instead")
+def _refuse_managed(section: dict, managed: dict[str, str], name: str) -> None:
+    """Raise `CocomixError` where the section `name` sets what is filled in from elsewhere."""
+    for key, owner in managed.items():
+        if key in section:
+            raise CocomixError(f"{name}.{key} is filled in from {owner}: set that instead")
 
 
 def _zero_settings(train: TrainConfig, zero: dict) -> dict:

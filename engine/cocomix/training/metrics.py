@@ -1,4 +1,4 @@
-"""What a run records: run.json, metrics.jsonl, TensorBoard, optionally Weights & Biases, and the progress bar."""
+"""Where a run records its figures: metrics.jsonl, TensorBoard, optionally Weights & Biases, and the progress bar."""
 
 import contextlib
 import json

@@ -64,6 +64,12 @@ def settings(config: Config) -> dict:
     return flat
 
 
+def identity(config: Config, text_fingerprint: str, supervision_fingerprints: dict[str, str]) -> dict:
+    """What decides about the trajectory, and all settings, as JSON values by name: what a resumed run is compared by,
+    and what all ranks must agree on."""
+    return {**settings(config), "the text's fingerprint": text_fingerprint, **supervision_fingerprints}
+
+
 def code_fingerprint() -> str:
     """SHA-256 over this package's own source files, hexadecimal."""
     package, digest = Path(__file__).parents[1], hashlib.sha256()
@@ -87,7 +93,7 @@ def require_same_run(stored: dict, now: dict, checkpoint) -> list[str]:
     refused = [str(change) for change in changes if not _may_change(change.name)]
     if refused:
         raise CocomixError(
-            f"{checkpoint} cannot be gone on with: {'; '.join(refused)}. Use what the run was started with, or another "
+            f"{checkpoint} cannot be resumed: {'; '.join(refused)}. Use what the run was started with, or another "
             "train.run"
         )
     return [str(change) for change in changes]

@@ -8,7 +8,7 @@ from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 
 from cocomix.core.config import Config
-from cocomix.core.methods import LABELS
+from cocomix.core.methods import CONCEPT_LABELS
 from cocomix.data.windows import MicroBatchSampler, WindowDataset, WindowOrder
 from cocomix.distributed.checkpoint import set_schedule
 from cocomix.distributed.ranks import Ranks
@@ -73,7 +73,7 @@ class TrainStep:
     def __init__(self, engine, supervision, ranks: Ranks):
         self.engine, self.supervision, self.ranks = engine, supervision, ranks
         self.lr, self.grad_norm, self.was_skipped = math.nan, math.nan, False
-        self._learns_concepts = supervision.kind(LABELS) is not None
+        self._learns_concepts = supervision.kind(CONCEPT_LABELS) is not None
         self._ahead = None
 
     def __call__(self, batches) -> dict[str, torch.Tensor]:
@@ -87,7 +87,7 @@ class TrainStep:
             self._ahead = StepBatches(
                 batches,
                 rounds,
-                lambda batch: self.supervision.add_to(batch),
+                lambda batch: self.supervision.add_to(batch),  # looked up each time: the profiler replaces it
                 self.ranks.device,
                 whole_steps=self._learns_concepts,
             )

@@ -22,7 +22,7 @@ from cocomix.cli import main
 from cocomix.core import machine
 from cocomix.core.config import load_config
 from cocomix.core.errors import CocomixError
-from cocomix.core.methods import LABELS
+from cocomix.core.methods import CONCEPT_LABELS
 from cocomix.core.shapes import TeacherShape
 from cocomix.costs import profile_inputs, profile_session, profile_text, profiler, step_parts
 from cocomix.costs.profile_session import ALONE, CACHED, NTP, ONLINE, Options, OutOfMemory, Profile
@@ -172,7 +172,7 @@ def attribute(path):
             "engine": mode.student.engine,
             "step": mode.train_step,
             "tokens": profile.split,
-            "teacher": profile.teachers.get(LABELS),
+            "teacher": profile.teachers.get(CONCEPT_LABELS),
         }
         first, *between, name = path.split(".")
         return functools.reduce(lambda o, n: o[int(n)] if n.isdigit() else getattr(o, n), between, owner[first]), name
@@ -447,7 +447,7 @@ def test_memory_counts_what_stays_and_what_is_held_at_once():
 def test_peak_memory_holds_weights_gradients_and_adams_state(shared):
     """Beside DeepSpeed's bucket."""
     peaks = {name: mode.peak_bytes for name, mode in shared.modes.items()}
-    frozen = shared.teachers[LABELS]
+    frozen = shared.teachers[CONCEPT_LABELS]
     teacher = 4 * sum(p.numel() for module in (frozen.model, frozen.sae) for p in module.parameters())
     for name in (NTP, CACHED):
         student = shared.modes[name].student
@@ -532,7 +532,7 @@ def test_a_random_teacher_has_the_shape_of_gpt2(config_file, capsys):
     )
     assert "a teacher of random weights" in capsys.readouterr().out
     config = load_config(config_file, [])
-    teacher = profile_inputs.build_teachers(config, CPU, 600, at_random=True)[LABELS]
+    teacher = profile_inputs.build_teachers(config, CPU, 600, at_random=True)[CONCEPT_LABELS]
     assert teacher.shape == TeacherShape(768, 12, 1, 50257, LATENTS)
     assert sum(p.numel() for p in teacher.model.parameters()) == pytest.approx(124.4e6, rel=1e-3)
 

@@ -29,8 +29,8 @@ def write_run(
     }
     content = {
         "name": folder.name,
-        "mode": mode,
-        "labels": labels,
+        "method": mode,
+        "concept_labels": labels,
         "soft_targets": "cached" if distilled else None,
         "device": "NVIDIA H100 80GB HBM3",
         "world_size": 1,
@@ -161,13 +161,13 @@ def test_other_methods_have_titles_and_a_saving_of_their_own(tmp_path):
             config={"distillation": {"top_k": 8}, "train": {"eval_windows": 0}},
         )
     )
-    lagging = load_run(write_run(tmp_path / "lagging", "pause", labels=None, offset=2.0))
+    lagging = load_run(write_run(tmp_path / "lagging", "pause", concept_labels=None, offset=2.0))
     by_activation = load_run(write_run(tmp_path / "by", "interleave", config={"teacher": {"labels_by": "activation"}}))
     both = load_run(write_run(tmp_path / "both", "predict", distilled=True))
     assert distilled.title == "NTP with distillation (cached top-8 soft targets)"
     assert by_activation.title == "CoCoMix (cached labels by activation)"
     assert both.title == "concept prediction with distillation (cached labels, cached whole soft targets)"
-    assert load_run(write_run(tmp_path / "pause", "pause", labels=None)).title == "pause tokens"
+    assert load_run(write_run(tmp_path / "pause", "pause", concept_labels=None)).title == "pause tokens"
     assert [run.is_baseline for run in (ntp, distilled, by_activation, both)] == [True, False, False, False]
     text = comparison_table([distilled, ntp, lagging])
     assert "NTP with distillation (cached top-8 soft targets) reaches a validation loss of" in text
@@ -191,8 +191,8 @@ def test_other_methods_have_titles_and_a_saving_of_their_own(tmp_path):
         ("interleave", None, "CoCoMix"),
     ],
 )
-def test_titles_name_mode_and_labels(tmp_path, mode, labels, title):
-    assert load_run(write_run(tmp_path / "run", mode, labels=labels)).title == title
+def test_titles_name_method_and_labels(tmp_path, mode, labels, title):
+    assert load_run(write_run(tmp_path / "run", mode, concept_labels=labels)).title == title
 
 
 def test_an_unfinished_run_reports_medians_without_the_first_line(tmp_path):
@@ -289,8 +289,8 @@ def test_a_run_without_evaluation_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        ({"mode": "blend"}, "mode is 'blend'"),
-        ({"mode": []}, "mode is []"),
+        ({"method": "blend"}, "method is 'blend'"),
+        ({"method": []}, "method is []"),
         ({"parameters": "many"}, "parameters must be a positive"),
         ({"tokens_per_step": 0}, "tokens_per_step must be a positive"),
         ({"config": None}, "config must be a JSON object"),

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from cocomix.core.config import Config
 from cocomix.core.errors import CocomixError
+from cocomix.data.token_files import TokenFiles
 from cocomix.data.windows import WindowDataset
 from cocomix.distributed.checkpoint import latest_checkpoint
 from cocomix.distributed.export import load_model
@@ -17,10 +18,10 @@ from cocomix.distributed.ranks import process_group
 from cocomix.distributed.training_state import state_to_save
 from cocomix.training.resume import MAY_CHANGE, require_same_run, settings
 from cocomix.training.trainer import Trainer
-from cocomix.training.validation import validation_loss
+from cocomix.training.validation import Validation, validation_loss
 
 BF16, OFFLOADED = "train.precision=bf16", "train.offload_optimizer=true"
-CUT = 4  # every run here is gone on with from its checkpoint of this step
+CUT = 4  # every run here is resumed from its checkpoint of this step
 
 
 def whole_run(world, name, *more):
@@ -79,21 +80,24 @@ def test_weights_and_moments_come_back_bit_for_bit_at_every_stage(world, before,
     with process_group(1) as ranks:
         trainer = Trainer(config, ranks)
         trainer._resume()
-        trainer._evaluate()
+        loss = trainer.validation.evaluate().loss
         loaded = {key: tensor.clone() for key, tensor in state_to_save(trainer.engine, ranks).items()}
         trainer.close()
     saved = load_file(checkpoint / "state/rank-00000-of-00001.safetensors")
     assert loaded.keys() == saved.keys()
     assert all(torch.equal(tensor, saved[key]) for key, tensor in loaded.items())
-    total, count = validation_loss(load_model(checkpoint), trainer.val_split, SEQ_LEN, 2, torch.device("cpu"))
-    assert trainer.validation_loss == pytest.approx(float(total) / count, abs=1e-7)  # with the weights it computes with
+    split = TokenFiles.open(config.data.folder).split("val")
+    total, count = validation_loss(load_model(checkpoint), split, SEQ_LEN, 2, torch.device("cpu"))
+    assert loss == pytest.approx(float(total) / count, abs=1e-7)  # with the weights it computes with
 
 
 def test_no_window_is_read_twice_or_left_out(world, monkeypatch):
     read = []
     get = WindowDataset.__getitem__
     monkeypatch.setattr(WindowDataset, "__getitem__", lambda self, i: read.append(i) or get(self, i))
-    monkeypatch.setattr(Trainer, "_concept_statistics", lambda self: {})  # which reads windows without training on them
+    monkeypatch.setattr(
+        Validation, "_concept_statistics", lambda self: {}
+    )  # which reads windows without training on them
     source = whole_run(world, "windows", "train.micro_batch=2")
     whole, part = list(read), 8 * CUT
     read.clear()
@@ -139,7 +143,7 @@ def test_every_setting_may_change_or_is_refused_by_its_name():
         if name in allowed:
             assert require_same_run(names, changed, "there") == [f"{name} was {names[name]} and is something else"]
         else:
-            with pytest.raises(CocomixError, match=rf"there cannot be gone on with: {name} was .* and is something"):
+            with pytest.raises(CocomixError, match=rf"there cannot be resumed: {name} was .* and is something"):
                 require_same_run(names, changed, "there")
     assert "train.seed" not in allowed and "train.micro_batch" in allowed and "model.n_embd" not in allowed
 
@@ -211,7 +215,7 @@ def name_of(ranks, name):
 
 @pytest.fixture(scope="module")
 def parts(world):
-    """All runs above: the whole ones, and those that were gone on with."""
+    """All runs above: the whole ones, and those that were resumed."""
     for ranks, runs in SETTINGS.items():
         world.train_on(
             ranks,

@@ -113,7 +113,12 @@ def test_checkpointed_blocks_are_computed_again_in_the_backward_pass(world, monk
 def test_offloading_reaches_deepspeed(world, monkeypatch):
     seen = []
     finish = Trainer._finish
-    monkeypatch.setattr(Trainer, "_finish", lambda self: seen.append(self.engine.zero_cpu_offload()) or finish(self))
+
+    def look(self, log):
+        seen.append(self.engine.zero_cpu_offload())
+        return finish(self, log)
+
+    monkeypatch.setattr(Trainer, "_finish", look)
     assert world.train("not-offloaded", *uneven(world), "train.tokens=128") == 0
     assert world.train("offloaded", *uneven(world), "train.tokens=128", OFFLOADED) == 0
     assert seen == [False, True]
@@ -206,11 +211,11 @@ def test_the_teacher_stays_whole_beside_stage_3(world, monkeypatch):
     seen = []
     finish = Trainer._finish
 
-    def look(self):
+    def look(self, log):
         own = list(self.engine.module.parameters())
         assert all(parameter.numel() == 0 and parameter.ds_numel > 0 for parameter in own)
         seen.extend(self.supervision.teachers["labels"].model.parameters())
-        return finish(self)
+        return finish(self, log)
 
     monkeypatch.setattr(Trainer, "_finish", look)
     assert world.train("whole-teacher", *stage(3), "train.tokens=128") == 0

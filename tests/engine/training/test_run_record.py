@@ -1,0 +1,64 @@
+import dataclasses
+import json
+
+import pytest
+from record_helpers import RECORD
+
+from cocomix.core.errors import CocomixError
+from cocomix.training.run_record import RunRecord
+
+
+def write(folder, **changes):
+    (folder / "run.json").write_text(json.dumps(RECORD.as_json() | changes))
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    RECORD.write(tmp_path)
+    assert RunRecord.read(tmp_path) == RECORD
+    assert list(json.loads((tmp_path / "run.json").read_text()))[:4] == [
+        "name",
+        "method",
+        "concept_labels",
+        "soft_targets",
+    ]
+
+
+def test_records_of_version_0_1_are_read_under_the_names_of_today(tmp_path):
+    values = RECORD.as_json()
+    values["mode"], values["labels"] = values.pop("method"), values.pop("concept_labels")
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    assert RunRecord.read(tmp_path) == RECORD
+    for key in ("soft_targets", "flops_per_token"):  # which came with later versions
+        del values[key]
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    assert RunRecord.read(tmp_path) == dataclasses.replace(RECORD, flops_per_token=None)
+
+
+def test_keys_of_a_later_version_are_no_error(tmp_path):
+    write(tmp_path, weather="fine")
+    assert RunRecord.read(tmp_path) == RECORD
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"method": "blend"}, "method is 'blend'; it must be one of"),
+        ({"parameters": True}, "parameters must be a positive number, not True"),
+        ({"flops_per_token": 0}, "flops_per_token must be a positive number"),
+        ({"versions": []}, "versions must be a JSON object"),
+        ({"data": {"vocab_size": 1}}, "lacks data.train_tokens, data.val_tokens, data.val_unigram_perplexity"),
+        ({"data": {**RECORD.as_json()["data"], "val_tokens": "many"}}, "data.val_tokens must be a positive number"),
+    ],
+)
+def test_a_record_with_wrong_values_is_refused_by_name(tmp_path, changes, reason):
+    write(tmp_path, **changes)
+    with pytest.raises(CocomixError, match=reason):
+        RunRecord.read(tmp_path)
+
+
+def test_a_record_that_is_not_there_or_lacks_a_key_is_refused(tmp_path):
+    with pytest.raises(CocomixError, match="is missing"):
+        RunRecord.read(tmp_path)
+    (tmp_path / "run.json").write_text('{"name": "run"}')
+    with pytest.raises(CocomixError, match="run.json lacks method, concept_labels, device"):
+        RunRecord.read(tmp_path)
