@@ -26,6 +26,7 @@ EXTRAS = {
         "psutil",
     ],  # the network interface between machines; DeepSpeed needs it too
     "report": ["matplotlib>=3.9"],  # `cocomix report`
+    "concepts": ["jinja2>=3.1"],  # the page of `cocomix concepts`; torch brings it along anyway
     "data": ["datasets>=4.0", "pyarrow>=15"],  # `hf:NAME` sources and Parquet files of `cocomix data`
     # `cocomix eval --tasks`; the harness's adapter for transformers models imports accelerate
     "eval": ["lm-eval>=0.4.13,<0.5", "accelerate>=1.1"],
@@ -34,7 +35,7 @@ EXTRAS = {
     "liger": ["liger-kernel>=0.6"],
     "flash": ["flash-attn>=2.7"],
 }
-EXTRAS["all"] = EXTRAS["train"] + EXTRAS["report"] + EXTRAS["data"] + EXTRAS["eval"]
+EXTRAS["all"] = EXTRAS["train"] + EXTRAS["report"] + EXTRAS["concepts"] + EXTRAS["data"] + EXTRAS["eval"]
 EXTRAS["test"] = [
     "pytest>=8",
     "hypothesis>=6.100",
@@ -65,7 +66,12 @@ setup(
     packages=[package for root in ROOTS.values() for package in find_packages(root)],
     package_dir={package: f"{root}/{package}" for package, root in ROOTS.items()},
     # so that `cocomix plan --cluster h100` works anywhere, and type checkers read the annotations
-    package_data={"cocomix.costs": ["cluster_files/*.yaml"], "cocomix": ["py.typed"], "cocomix_kernels": ["py.typed"]},
+    package_data={
+        "cocomix.costs": ["cluster_files/*.yaml"],
+        "cocomix.inference": ["templates/*.j2"],
+        "cocomix": ["py.typed"],
+        "cocomix_kernels": ["py.typed"],
+    },
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["cocomix=cocomix.cli:main"]},

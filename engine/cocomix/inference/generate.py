@@ -3,7 +3,7 @@
 import contextlib
 import shutil
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,11 +70,9 @@ def encode(usable: UsableModel, prompt: str, room: int = 0) -> list[int]:
         ids = [tokenizer.eos_token_id]
     if context is not None and len(ids) + room > context:
         wanted = f" and {room} more are wanted" if room else ""
-        advice = (
-            f"ask for at most {context - len(ids)} with --max-new-tokens"
-            if len(ids) < context
-            else ("shorten the prompt")
-        )
+        advice = "shorten the prompt"
+        if len(ids) < context:
+            advice = f"ask for at most {context - len(ids)} with --max-new-tokens"
         raise CocomixError(
             f"the prompt has {len(ids)} tokens{wanted}, but the model's context holds {context}: {advice}"
         )
@@ -140,7 +138,7 @@ def _next_token(usable, prompt, steered):
     return kl[-1].item(), kl.mean().item(), len(kl), largest(q - p), largest(p - q)
 
 
-def parse_steering(texts: list[str], names: dict[int, str]) -> dict[int, str]:
+def parse_steering(texts: Sequence[str], names: dict[int, str]) -> dict[int, str]:
     """{concept: operation} from texts like "4217=3.0"; the concept may be given by its name. Raises `CocomixError`."""
     concepts = {}
     for text in texts:
@@ -158,7 +156,7 @@ def run(
     path,
     prompts: list[str],
     sampling: Sampling,
-    steering: list[str] = (),
+    steering: Sequence[str] = (),
     comparing: bool = False,
     with_teacher: bool = False,
     teacher_config=None,

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import read_json, write_json
+from cocomix.core.tables import text_table
 from cocomix.distributed.export import find_model, run_of
 from cocomix.distributed.ranks import own_device
 from cocomix.inference.loading import load_usable
@@ -228,16 +229,7 @@ def _row(checkpoint: str, tasks: dict, names) -> dict:
 def format_table(rows: list[dict]) -> str:
     """Text table of rows as `evaluate_tasks` returns them: a line a checkpoint, value ± standard error."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [columns] + [[_cell(row.get(column, "")) for column in columns] for row in rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    return text_table(columns, [[_cell(row.get(column, "")) for column in columns] for row in rows])
 
 
 def _cell(content) -> str:
