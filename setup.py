@@ -23,8 +23,8 @@ EXTRAS = {
         "tensorboard>=2.17",
         "ninja>=1.11",
         "setuptools",
-        "psutil",
-    ],  # the network interface between machines; DeepSpeed needs it too
+        "psutil",  # the network interface between machines; DeepSpeed needs it too
+    ],
     "report": ["matplotlib>=3.9"],  # `cocomix report`
     "concepts": ["jinja2>=3.1"],  # the page of `cocomix concepts`; torch brings it along anyway
     "data": ["datasets>=4.0", "pyarrow>=15"],  # `hf:NAME` sources and Parquet files of `cocomix data`
