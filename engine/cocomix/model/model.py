@@ -329,8 +329,7 @@ class CoCoMixForCausalLM(CoCoMixPreTrainedModel, GenerationMixin):
         if targets is None:
             loss = self.lm_head(hidden, labels) * share
             return loss, loss, None
-        targets = type(targets)(*(t[:, :-1].flatten(0, 1) if t.dim() == 3 else t for t in targets))
-        found = self.lm_head(hidden, labels, targets, self.config.distillation_weight)
+        found = self.lm_head(hidden, labels, targets.of_predictions(), self.config.distillation_weight)
         return tuple(part * share for part in found)
 
     @classmethod

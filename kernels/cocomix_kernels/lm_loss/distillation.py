@@ -31,11 +31,19 @@ from cocomix_kernels.common.products import add_product_, write_product
 _NAME = "linear_distillation"
 
 
+def _without_last(windows):  # [B, T, ...] -> [B (T - 1), ...]: the last token of a window predicts nothing
+    return windows[:, :-1].flatten(0, 1)
+
+
 class FullTargets(NamedTuple):
     """The teacher's whole distribution, which is never held: the softmax of hidden @ weight[:V].T."""
 
     hidden: torch.Tensor  # [N, d_t] what the teacher's head multiplies
     weight: torch.Tensor  # [V_t, d_t], V_t >= V; rows from V on are padding and get no probability
+
+    def of_predictions(self) -> "FullTargets":
+        """Of hidden [B, T, d_t], what the first T - 1 tokens of each window predict, [B (T - 1), d_t]."""
+        return FullTargets(_without_last(self.hidden), self.weight)
 
 
 class TopTargets(NamedTuple):
@@ -43,6 +51,10 @@ class TopTargets(NamedTuple):
 
     ids: torch.Tensor  # [N, J] integers below V, distinct in a row
     log_probs: torch.Tensor  # [N, J] floating: log-probabilities under the whole distribution
+
+    def of_predictions(self) -> "TopTargets":
+        """Of ids and log_probs [B, T, J], what the first T - 1 tokens of each window predict, [B (T - 1), J]."""
+        return TopTargets(_without_last(self.ids), _without_last(self.log_probs))
 
 
 class DistillationLoss(NamedTuple):

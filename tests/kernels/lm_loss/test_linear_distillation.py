@@ -482,3 +482,13 @@ def test_top_targets_are_the_largest_of_the_whole_distribution_in_any_chunks(dty
         top_targets(hidden, weight, 41)
     with pytest.raises(ValueError, match="top_targets"):
         top_targets(hidden, weight[:, :5], 3)
+
+
+def test_targets_of_windows_become_those_of_what_their_tokens_predict():
+    hidden, head, ids = torch.randn(2, 3, 4), torch.randn(7, 4), torch.randint(7, (2, 3, 5))
+    full = FullTargets(hidden, head).of_predictions()
+    assert torch.equal(full.hidden, torch.stack([hidden[0, 0], hidden[0, 1], hidden[1, 0], hidden[1, 1]]))
+    assert full.weight is head
+    top = TopTargets(ids, ids.double()).of_predictions()
+    assert torch.equal(top.ids, torch.stack([ids[0, 0], ids[0, 1], ids[1, 0], ids[1, 1]]))
+    assert torch.equal(top.log_probs, top.ids.double())
