@@ -1,0 +1,21 @@
+"""`cocomix train`: pretraining, with or without concepts."""
+
+from cocomix.commands.arguments import add_config, read_config
+
+SUMMARY = "pretrain a student (model.mixing=none: the NTP baseline)"
+WHEN_INTERRUPTED = "with --resume it goes on from its last checkpoint"
+
+
+def add_arguments(parser):
+    add_config(parser, SUMMARY)
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the batch after the newest checkpoint, or start where there is none",
+    )
+
+
+def run(options):
+    from cocomix.training.trainer import train
+
+    return train(read_config(options), resume=options.resume)
