@@ -16,6 +16,7 @@ def add_arguments(parser):
 
 
 def run(options):
+    from cocomix.costs.memory_check import memory_warning
     from cocomix.training.trainer import train
 
-    return train(read_config(options), resume=options.resume)
+    return train(read_config(options), options.resume, memory_warning)

@@ -2,17 +2,17 @@ import os
 
 import pytest
 import torch
-from command_helpers import assert_refused, call, one_line
+from command_helpers import assert_refused, call, one_line, record_call
+
+from cocomix.costs.memory_check import memory_warning
 
 
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize("code", [0, 75])
 def test_it_trains_by_the_config_and_hands_on_the_exit_code(world, monkeypatch, resume, code):
-    calls = []
-    monkeypatch.setattr("cocomix.training.trainer.train", lambda *args, **named: (calls.append((args, named)), code)[1])
+    calls = record_call(monkeypatch, "cocomix.training.trainer.train", result=code)
     assert call(world, "train", "train.lr=0.5", *(["--resume"] if resume else [])) == code
-    [([config], named)] = calls
-    assert config == world.load("train.lr=0.5") and named["resume"] is resume
+    assert calls == [(world.load("train.lr=0.5"), resume, memory_warning)]
 
 
 @pytest.mark.parametrize(
