@@ -8,9 +8,18 @@ WHEN_INTERRUPTED = "the same command starts again"
 
 def add_arguments(parser):
     add_config(parser, SUMMARY)
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read the finished token files through and compare them with what was recorded when they were made",
+    )
 
 
 def run(options):
-    from cocomix.data.preparation import prepare
+    from cocomix.data import preparation
 
-    prepare(read_config(options).data)
+    config = read_config(options).data
+    if options.verify:
+        preparation.verify(config)
+    else:
+        preparation.prepare(config)

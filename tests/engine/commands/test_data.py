@@ -9,6 +9,14 @@ def test_it_prepares_the_data_of_the_config(world, monkeypatch):
     assert data == world.load("data.seq_len=8").data
 
 
+def test_finished_token_files_are_verified_and_not_made_anew(world, monkeypatch):
+    prepared = record_call(monkeypatch, "cocomix.data.preparation.prepare")
+    verified = []
+    monkeypatch.setattr("cocomix.data.preparation.verify", verified.append, raising=False)
+    assert call(world, "data", "--verify", "data.seq_len=8") == 0
+    assert verified == [world.load("data.seq_len=8").data] and not prepared
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
