@@ -1,4 +1,5 @@
 import errno
+import importlib
 import json
 import os
 import pkgutil
@@ -11,33 +12,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
+from command_helpers import call, one_line, world_of_teachers
 from run_helpers import SEQ_LEN, World
 
-from cocomix import cli
-from cocomix.cli import main
-
-COMMANDS = ("data", "train", "sae", "labels", "plan", "profile", "generate", "concepts", "export", "eval", "report")
+from cocomix import commands
+from cocomix.cli import COMMANDS, main
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    world = World(tmp_path_factory.mktemp("world"))
-    world.add_teacher()
-    world.add_teacher("teacher-wide", "sae-wide", width=48)
-    return world
-
-
-def call(world, command, *overrides):
-    """A command with the world's config in this process; its exit code."""
-    return main([command, str(world.config), *(text.replace("OUT", str(world.folder)) for text in overrides)])
-
-
-def one_line(capsys, command):
-    """The message on standard error, which must be a single line without a traceback."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "|" not in line]  # |: bars
-    assert len(lines) == 1 and lines[0].startswith(f"cocomix {command}: error: "), lines
-    return lines[0]
+    return world_of_teachers(tmp_path_factory.mktemp("world"))
 
 
 # ---------------------------------------------------------------------------------------------- from text to report
@@ -88,6 +72,15 @@ def test_the_installed_command_trains_in_a_process_of_its_own(world):
 # ---------------------------------------------------------------------------------------------- arguments
 
 
+def test_every_command_is_listed_and_has_what_is_asked_of_it():
+    files = {file.stem for file in Path(commands.__file__).parent.glob("*.py")} - {"__init__", "arguments"}
+    assert sorted(COMMANDS) == sorted(files)
+    for name in COMMANDS:
+        command = importlib.import_module(f"cocomix.commands.{name}")
+        assert command.SUMMARY and "\n" not in command.SUMMARY
+        assert callable(command.add_arguments) and callable(command.run)
+
+
 @pytest.mark.parametrize("command", [[], *([command] for command in COMMANDS)], ids=lambda command: " ".join(command))
 def test_help_names_the_commands_and_their_arguments(command, capsys):
     with pytest.raises(SystemExit) as leave:
@@ -110,13 +103,13 @@ def test_a_reader_that_leaves_early_gets_no_traceback():
 def test_the_command_line_starts_without_heavy_imports():
     code = "import sys; from cocomix.cli import _parse; _parse(['data', 'c']); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"torch", "transformers", "deepspeed", "matplotlib"} & set(loaded)
+    assert not {"torch", "transformers", "deepspeed", "matplotlib", "numpy", "omegaconf"} & set(loaded)
 
 
 @pytest.fixture
 def parsed(monkeypatch):
     seen = []
-    monkeypatch.setattr(cli, "_train", lambda options: seen.append(options))
+    monkeypatch.setattr("cocomix.commands.train.run", seen.append)
     return seen
 
 
@@ -171,76 +164,12 @@ def test_unknown_arguments_end_with_exit_code_2(arguments, capsys):
 # ---------------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize(
-    ("command", "overrides", "message"),
-    [
-        ("train", ["train.learning_rate=1"], "unknown key train.learning_rate"),
-        ("train", ["trian.lr=1"], "did you mean train?"),
-        ("train", ["train.lr=fast"], "train.lr"),
-        ("train", ["train=3"], "train is a section"),
-        ("train", ["model.insert_layer=3"], "model.insert_layer (3) must be at least 0 and below model.n_layer (3)"),
-        ("train", ["model.concept_topk=65"], "model.concept_topk (65) must be "),
-        (
-            "train",
-            ["train.precision=bf16", "train.zero_stage=0"],
-            "train.precision=bf16 needs train.zero_stage 1, 2 or 3",
-        ),
-        ("train", ["train.zero_stage=4"], "train.zero_stage is 4; it must be 0, 1, 2 or 3"),
-        ("train", ["deepspeed.gradient_clipping=1"], "deepspeed.gradient_clipping is filled in from train.grad_clip"),
-        ("train", ["data.folder=OUT/nowhere"], "is missing"),
-        ("train", ["data.seq_len=100000"], "fewer than one window"),
-        ("train", ["teacher.sae=OUT/sae-wide"], "it was trained on another model"),
-        ("train", ["teacher.sae=OUT/nothing"], "no SAE at"),
-        ("train", ["teacher.layer=2"], "the teacher has blocks 0 to 1"),
-        ("train", ["concept_labels.cache=OUT/nowhere"], "the label cache"),
-        ("train", ["train.run=OUT/config.yaml", "model.mixing=none"], "File exists"),
-        ("labels", [], "concept_labels.cache is not set"),
-        ("labels", ["concept_labels.cache=OUT/new", "teacher.sae=OUT/sae-wide"], "it was trained on another model"),
-        ("labels", ["concept_labels.cache=OUT/new", "teacher.model=OUT/nobody"], "cannot load"),
-        ("sae", ["teacher.sae=OUT/new-sae", "sae.k=65"], "sae.k (65) must be at most sae.n_latents (64)"),
-        ("sae", ["teacher.sae=OUT/text"], "was not written by `cocomix sae`"),
-        ("data", ["data.folder=OUT/new", "data.text=[OUT/nothing]"], "there is no file or folder"),
-        ("data", ["data.folder=OUT/new", "data.text=[]"], "data.text names no text"),
-        ("data", ["data.val_fraction=0.3"], "was made from something else"),
-        (
-            "plan",
-            ["--gpus=8", "--cluster=v100"],
-            "--cluster v100: there is no such file; known names: a100, h100, h200",
-        ),
-        ("plan", ["--gpus=3"], "train.global_batch (8) must be a multiple of train.micro_batch (4) x 3 GPUs"),
-        ("plan", ["--gpus=many"], "--gpus many: expected a number"),
-        ("plan", ["--gpus=2", "teacher.model=OUT/nobody"], "so its shape is not known"),
-    ],
-)
-def test_bad_input_is_one_line_and_leaves_nothing_behind(world, capsys, command, overrides, message):
-    before = world.tree()
-    assert call(world, command, *overrides) == 2
-    assert message in one_line(capsys, command)
-    assert world.tree() == before
-
-
 def test_a_missing_or_broken_config_is_one_line(tmp_path, capsys):
     assert main(["train", str(tmp_path / "none.yaml")]) == 2
     assert "no config file at" in one_line(capsys, "train")
     (tmp_path / "broken.yaml").write_text("train: [1")
     assert main(["train", str(tmp_path / "broken.yaml")]) == 2
     assert "is not valid YAML" in " ".join(capsys.readouterr().err.split())
-
-
-def test_exporting_nothing_or_over_something_is_one_line(world, capsys):
-    assert main(["export", str(world.folder / "text"), str(world.folder / "new")]) == 2
-    assert "holds no model" in one_line(capsys, "export")
-    assert main(["export", str(world.folder / "teacher"), str(world.folder / "text")]) == 2
-    assert "exists already" in one_line(capsys, "export")
-    assert not (world.folder / "new").exists()
-
-
-def test_a_text_without_text_is_refused(world, tmp_path, capsys):
-    (tmp_path / "blank.txt").write_text(" \n\n")
-    (tmp_path / "binary.bin").write_bytes(b"\0\1\2" * 100)
-    assert call(world, "data", f"data.text=[{tmp_path}]", f"data.folder={tmp_path}/out") == 2
-    assert "there is no text in it" in one_line(capsys, "data")
-    assert not (tmp_path / "out").exists()
 
 
 def break_tokens(folder, kind):
@@ -275,20 +204,6 @@ def test_damaged_token_files_are_refused(world, tmp_path, capsys, command, kind)
     assert message in one_line(capsys, command)
     assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("labels-*.bin"))
     assert not (tmp_path / "sae").exists() and not (tmp_path / "run/checkpoints").exists()
-
-
-class Dangerous:
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
-
-
-def test_an_sae_file_that_needs_unpickling_is_refused(world, tmp_path, capsys):
-    dangerous = Dangerous()
-    dangerous.folder = str(tmp_path / "executed")
-    torch.save({"encoder.weight": dangerous}, tmp_path / "sae.pt")
-    assert call(world, "train", f"teacher.sae={tmp_path}/sae.pt", f"train.run={tmp_path}/run") == 2
-    assert f"{tmp_path}/sae.pt" in one_line(capsys, "train")
-    assert not (tmp_path / "executed").exists() and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -352,6 +267,23 @@ def test_sigterm_leaves_no_half_written_file_and_the_command_can_be_run_again(
     assert not list(tmp_path.rglob("*.part"))
     assert not (tmp_path / "data/meta.json").exists() and not (tmp_path / "sae").exists()
     assert call(world, command, *overrides) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "c.yaml"], "interrupted; with --resume it goes on from its last checkpoint"),
+        (["eval", "run"], "interrupted; with --tasks the same command goes on from what is complete"),
+        (["export", "run", "out"], "interrupted"),
+    ],
+)
+def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys, arguments, message):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"cocomix.commands.{arguments[0]}.run", interrupted)
+    assert main(arguments) == 130
+    assert capsys.readouterr().err == f"\ncocomix {arguments[0]}: {message}\n"
 
 
 def test_the_command_line_works_outside_the_main_thread(world, capsys):

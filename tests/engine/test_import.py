@@ -28,6 +28,7 @@ def modules_after(code):
     [
         "import cocomix",
         "import cocomix.cli",
+        "from cocomix.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass",
         "import cocomix.core.config, cocomix.core.errors, cocomix.core.files, cocomix.core.flops",
         "import cocomix; dir(cocomix); cocomix.__all__",
     ],

@@ -1,0 +1,16 @@
+"""`cocomix sae`: a sparse autoencoder for the teacher, whose latents are the concepts."""
+
+from cocomix.commands.arguments import add_config, read_config
+
+SUMMARY = "train a TopK sparse autoencoder on a block of the teacher"
+WHEN_INTERRUPTED = "the same command goes on from what is complete"
+
+
+def add_arguments(parser):
+    add_config(parser, SUMMARY)
+
+
+def run(options):
+    from cocomix.teacher import sae_training
+
+    sae_training.run(read_config(options))

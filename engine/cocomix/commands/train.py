@@ -1,0 +1,22 @@
+"""`cocomix train`: pretraining, with or without concepts."""
+
+from cocomix.commands.arguments import add_config, read_config
+
+SUMMARY = "pretrain a student (model.mixing=none: the NTP baseline)"
+WHEN_INTERRUPTED = "with --resume it goes on from its last checkpoint"
+
+
+def add_arguments(parser):
+    add_config(parser, SUMMARY)
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the batch after the newest checkpoint, or start where there is none",
+    )
+
+
+def run(options):
+    from cocomix.costs.memory_check import memory_warning
+    from cocomix.training.trainer import train
+
+    return train(read_config(options), options.resume, memory_warning)

@@ -1,0 +1,54 @@
+import os
+
+import pytest
+import torch
+from command_helpers import assert_refused, call, one_line, record_call
+
+from cocomix.costs.memory_check import memory_warning
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("code", [0, 75])
+def test_it_trains_by_the_config_and_hands_on_the_exit_code(world, monkeypatch, resume, code):
+    calls = record_call(monkeypatch, "cocomix.training.trainer.train", result=code)
+    assert call(world, "train", "train.lr=0.5", *(["--resume"] if resume else [])) == code
+    assert calls == [(world.load("train.lr=0.5"), resume, memory_warning)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.learning_rate=1"], "unknown key train.learning_rate"),
+        (["trian.lr=1"], "did you mean train?"),
+        (["train.lr=fast"], "train.lr"),
+        (["train=3"], "train is a section"),
+        (["model.insert_layer=3"], "model.insert_layer (3) must be at least 0 and below model.n_layer (3)"),
+        (["model.concept_topk=65"], "model.concept_topk (65) must be "),
+        (["train.precision=bf16", "train.zero_stage=0"], "train.precision=bf16 needs train.zero_stage 1, 2 or 3"),
+        (["train.zero_stage=4"], "train.zero_stage is 4; it must be 0, 1, 2 or 3"),
+        (["deepspeed.gradient_clipping=1"], "deepspeed.gradient_clipping is filled in from train.grad_clip"),
+        (["data.folder=OUT/nowhere"], "is missing"),
+        (["data.seq_len=100000"], "fewer than one window"),
+        (["teacher.sae=OUT/sae-wide"], "it was trained on another model"),
+        (["teacher.sae=OUT/nothing"], "no SAE at"),
+        (["teacher.layer=2"], "the teacher has blocks 0 to 1"),
+        (["concept_labels.cache=OUT/nowhere"], "the label cache"),
+        (["train.run=OUT/config.yaml", "model.mixing=none"], "File exists"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing_behind(world, capsys, overrides, message):
+    assert_refused(world, capsys, "train", overrides, message)
+
+
+class Dangerous:
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_an_sae_file_that_needs_unpickling_is_refused(world, tmp_path, capsys):
+    dangerous = Dangerous()
+    dangerous.folder = str(tmp_path / "executed")
+    torch.save({"encoder.weight": dangerous}, tmp_path / "sae.pt")
+    assert call(world, "train", f"teacher.sae={tmp_path}/sae.pt", f"train.run={tmp_path}/run") == 2
+    assert f"{tmp_path}/sae.pt" in one_line(capsys, "train")
+    assert not (tmp_path / "executed").exists() and not (tmp_path / "run").exists()
