@@ -83,21 +83,21 @@ lint: $(READY)
 # Where there is no GPU a step has one window, in float32. On a GPU the config says, and the micro batch is what fits.
 BENCH ?= runs/bench
 KERNELS = $(BIN)/python -m pytest -q benchmarks --benchmark-json $(BENCH)/kernels.json
-STEP = $(COCOMIX) profile configs/openwebtext/69m.yaml $$($(BIN)/python -c 'import torch; print("--fit" \
+STEP = configs/openwebtext/69m.yaml $$($(BIN)/python -c 'import torch; print("--fit" \
     if torch.cuda.is_available() else "train.micro_batch=1 train.precision=fp32 teacher.dtype=fp32")') \
     --vocab-size 50257 --random-teacher --json $(BENCH)/profile.json
 
 bench: $(READY)
 	@mkdir -p $(BENCH)
 	$(KERNELS) --budget 90
-	$(STEP) --rounds 2
+	$(COCOMIX) profile $(STEP) --rounds 2
 	$(COCOMIX) report --bench $(BENCH)/kernels.json --profile $(BENCH)/profile.json --out $(BENCH)/report
 	@echo "kept: $(BENCH)/kernels.json (pytest-benchmark), $(BENCH)/profile.json (cocomix profile), $(BENCH)/report"
 
 bench-full: $(READY)
 	@mkdir -p $(BENCH)
 	$(KERNELS) --full
-	$(STEP) --rounds 15 --against public --against transformers
+	$(BIN)/python benchmarks/profile_against.py $(STEP) --rounds 15 --against public --against transformers
 	$(COCOMIX) report --bench $(BENCH)/kernels.json --profile $(BENCH)/profile.json --out $(BENCH)/report
 	@echo "kept: $(BENCH)/kernels.json (pytest-benchmark), $(BENCH)/profile.json (cocomix profile), $(BENCH)/report"
 

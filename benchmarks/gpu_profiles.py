@@ -35,9 +35,7 @@ def command(size: str, file: Path, memory: float | None) -> list[str]:
     """The command line that writes `file`; `memory` is the GPU's, in bytes, None on a CPU, where all is tiny."""
     start = [
         sys.executable,
-        "-m",
-        "cocomix",
-        "profile",
+        str(ROOT / "benchmarks" / "profile_against.py"),
         str(ROOT / "configs" / "openwebtext" / f"{size}.yaml"),
         "--against",
         "public",

@@ -2,7 +2,7 @@
 
 A peer lends a model of ours another forward pass for a while. Weights, gradients, DeepSpeed's engine and the optimizer
 stay the same ones, so a comparison needs no second copy in memory, and losses and gradients can be compared in tests.
-`cocomix profile --against public --against transformers` measures them.
+`profile_against.py` measures them.
 
 `public_student` computes the student as the paper's public code does: logits, masked copy and float32 cross-entropies
 over [N, C], a dense product for the compress layer, `stack` and `view`, all 2T queries in the last block, and [N, V]

@@ -26,15 +26,20 @@ def main(arguments: list[str] | None = None) -> int:
     training run that was saved, 130 for any other interrupt."""
     options = _parse(arguments)
     command = _find(options.command)
+    return exit_code(options.command, lambda: command.run(options), getattr(command, "WHEN_INTERRUPTED", None))
+
+
+def exit_code(name: str, work, when_interrupted: str | None = None) -> int:
+    """Do `work()` as the command `name`: what it returns (None: 0), or the code of how it failed, said in one line."""
     # Its bars for loading and saving models: at every checkpoint they would break up the training's own.
     wrapt.when_imported("transformers.utils.logging")(lambda logging: logging.disable_progress_bar())
     try:
         with _terminated_like_interrupted():
-            code = command.run(options) or 0
+            code = work() or 0
             sys.stdout.flush()
             return code
     except CocomixError as error:
-        print(f"cocomix {options.command}: error: {error}", file=sys.stderr)
+        print(f"cocomix {name}: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except BrokenPipeError:  # as in `cocomix plan ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
@@ -42,11 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"cocomix {options.command}: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"cocomix {name}: error: {error.filename}: {error.strerror}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        advice = getattr(command, "WHEN_INTERRUPTED", None)
-        print(f"\ncocomix {options.command}: interrupted{f'; {advice}' if advice else ''}", file=sys.stderr)
+        print(f"\ncocomix {name}: interrupted{f'; {when_interrupted}' if when_interrupted else ''}", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
@@ -80,6 +84,11 @@ def _parse(arguments):
     for name in COMMANDS:
         command = _find(name)
         command.add_arguments(commands.add_parser(name, help=command.SUMMARY))
+    return parse_with_overrides(parser, arguments)
+
+
+def parse_with_overrides(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """Parse arguments among which KEY=VALUE may stand anywhere."""
     options, rest = parser.parse_known_args(arguments)
     # argparse does not take more KEY=VALUE arguments after an option, so they end up in the rest
     overrides = [text for text in rest if "=" in text and not text.startswith("-")]

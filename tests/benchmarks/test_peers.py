@@ -9,7 +9,6 @@ from flop_helpers import count_flops
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cocomix import CoCoMixConfig, CoCoMixForCausalLM, ConceptTeacher, SparseAutoencoder
-from cocomix.cli import main
 from cocomix.core import machine
 from cocomix.core.files import read_json
 from cocomix.core.flops import forward_parts, ntp_forward
@@ -17,6 +16,7 @@ from cocomix.core.shapes import StudentShape, TeacherShape
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # programs, not part of the package
 import peers
+import profile_against
 
 LENGTH, VOCABULARY, CONCEPTS, TOPK = 24, 128, 96, 6
 
@@ -195,9 +195,8 @@ def test_a_profile_measures_them_beside_ours(tmp_path, capsys, monkeypatch):
         train: {{global_batch: 4, micro_batch: 4, tensorboard: false}}
     """)
     assert (
-        main(
+        profile_against.main(
             [
-                "profile",
                 str(tmp_path / "config.yaml"),
                 "--vocab-size",
                 str(VOCABULARY),

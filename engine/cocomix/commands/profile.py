@@ -19,13 +19,6 @@ def add_arguments(parser):
         "--random-teacher", action="store_true", help="online labels by a GPT-2 124M and an SAE of random weights"
     )
     parser.add_argument("--vocab-size", type=int, help="take random tokens of so many ids, and no token files")
-    parser.add_argument(
-        "--against",
-        action="append",
-        default=[],
-        choices=("public", "transformers"),
-        help="also the public code's way, or GPT-2 of transformers for NTP; from a checkout only",
-    )
     parser.add_argument("--rounds", type=positive_int, help="of all modes in turn (default: 5 on a CPU, 10 on a GPU)")
     parser.add_argument("--steps", type=positive_int, help="of a mode in a round (default: 1 on a CPU, 5 on a GPU)")
     parser.add_argument("--accumulation", type=positive_int, default=1, help="micro batches in a step (default: 1)")
@@ -35,7 +28,8 @@ def add_arguments(parser):
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
 
 
-def run(options):
+def run(options, against=(), peers=None):
+    """Measure; a program in benchmarks/ hands in the competitors that it knows, see `Options`."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its profiler warns of what was allocated before it began
     from cocomix.costs import profiler
     from cocomix.costs.profile_session import Options
@@ -47,7 +41,8 @@ def run(options):
         read_config(options),
         Options(
             labels=labels,
-            against=tuple(options.against),
+            against=tuple(against),
+            peers=peers,
             rounds=options.rounds,
             steps=options.steps,
             accumulation=options.accumulation,

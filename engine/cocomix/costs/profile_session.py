@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import gc
-import importlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -40,7 +38,8 @@ class Options:
     """What is measured, beside the config."""
 
     labels: tuple[str, ...] | None = None  # of CACHED and ONLINE; None: both where there is a teacher
-    against: tuple[str, ...] = ()  # of PUBLIC and TRANSFORMERS
+    against: tuple[str, ...] = ()  # of PUBLIC and TRANSFORMERS, which `peers` knows
+    peers: Any = None  # who has `public_student`, `PublicTeacher` and `transformers_gpt2`: benchmarks/peers.py
     rounds: int | None = None  # None: by device
     steps: int | None = None  # of a mode in a round; None: by device
     accumulation: int = 1  # micro batches in a step
@@ -104,7 +103,8 @@ class Profile:
         self.split, self.vocab_size = open_tokens(config, options.vocab_size)
         self.shape = student_shape(self.config, self.vocab_size)
         self.kinds = self._kinds()
-        self.peers = _load_peers(options, config) if options.against else None
+        self.peers = options.peers
+        _check_against(options, config)
         self.teachers, self.teacher_bytes, self.modes = {}, 0, {}
         self._product = ProductRate(ranks.device, _DTYPES[config.train.precision])  # now: later nothing may be free
         self.rates: list[float] = []
@@ -318,14 +318,8 @@ def _endless(config, options, world):
     return dataclasses.replace(config, train=train)
 
 
-def _load_peers(options, config):
-    """benchmarks/peers.py of the checkout that this package runs from."""
-    folder = Path(__file__).resolve().parents[3] / "benchmarks"
-    if not (folder / "peers.py").is_file():
-        raise CocomixError(
-            f"--against needs the programs in benchmarks/, which are not part of the installed package: there is no "
-            f"{folder}; run it from a checkout, installed with pip install -e ."
-        )
+def _check_against(options, config):
+    """Raise `CocomixError` where a competitor cannot do what the config asks for."""
     has_public_form = mixes_concepts(config.model.mixing) and learns_from(config) == (CONCEPT_LABELS,)
     if PUBLIC in options.against and not (has_public_form and config.teacher.labels_by == "attribution"):
         raise CocomixError(
@@ -337,8 +331,3 @@ def _load_peers(options, config):
             "--against transformers needs train.zero_stage 0, 1 or 2: stage 3 splits the weights under "
             "the modules of our own model"
         )
-    sys.path.insert(0, str(folder))
-    try:
-        return importlib.import_module("peers")
-    finally:
-        sys.path.remove(str(folder))

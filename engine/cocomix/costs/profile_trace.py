@@ -1,14 +1,13 @@
 """Traces of PyTorch's profiler, as Perfetto and chrome://tracing open them."""
 
 import contextlib
-import gzip
 import shutil
 import tempfile
 from pathlib import Path
 
 import torch
 
-from cocomix.core.files import atomic_write
+from cocomix.core.files import atomic_path
 from cocomix.core.machine import synchronize
 
 
@@ -24,8 +23,7 @@ def traced(path, device: torch.device):
     with torch.profiler.profile(activities=activities) as profiled:
         yield
         synchronize(device)
-    with tempfile.TemporaryDirectory() as folder:
-        plain = Path(folder) / "trace.json"
-        profiled.export_chrome_trace(str(plain))
-        with atomic_write(path) as file, open(plain, "rb") as source, gzip.GzipFile(fileobj=file, mode="wb") as packed:
-            shutil.copyfileobj(source, packed)
+    with atomic_path(path) as aside, tempfile.TemporaryDirectory() as folder:
+        packed = Path(folder) / "trace.json.gz"  # PyTorch compresses what is called so
+        profiled.export_chrome_trace(str(packed))
+        shutil.move(packed, aside)

@@ -73,6 +73,19 @@ def prepare(config: DataConfig) -> "TokenFiles":
     return TokenFiles.open(folder)
 
 
+def verify(config: DataConfig) -> None:
+    """Read the token files in `config.folder` through and print that they are as they were made.
+
+    Raises `CocomixError`, naming the file, where they are missing or damaged or have changed.
+    """
+    files = TokenFiles.open(config.folder)
+    splits = [files.split(name) for name in SPLITS]
+    for split in splits:
+        split.verify()
+    sizes = [f"{split.n_tokens:,} {name}" for name, split in zip(SPLITS, splits, strict=True)]
+    print(f"{files.folder} is as it was made: {' and '.join(sizes)} tokens")
+
+
 def _settings(config: DataConfig) -> dict:
     names = ("text", "text_key", "tokenizer", "max_tokens", "val_fraction")
     settings = {name: getattr(config, name) for name in names}

@@ -1,3 +1,6 @@
+import re
+import shutil
+
 import pytest
 from command_helpers import assert_refused, call, one_line, record_call
 
@@ -12,9 +15,23 @@ def test_it_prepares_the_data_of_the_config(world, monkeypatch):
 def test_finished_token_files_are_verified_and_not_made_anew(world, monkeypatch):
     prepared = record_call(monkeypatch, "cocomix.data.preparation.prepare")
     verified = []
-    monkeypatch.setattr("cocomix.data.preparation.verify", verified.append, raising=False)
+    monkeypatch.setattr("cocomix.data.preparation.verify", verified.append)
     assert call(world, "data", "--verify", "data.seq_len=8") == 0
     assert verified == [world.load("data.seq_len=8").data] and not prepared
+
+
+def test_a_changed_token_is_found_by_name(world, tmp_path, capsys):
+    folder = tmp_path / "data"
+    shutil.copytree(world.load().data.folder, folder)
+    assert call(world, "data", "--verify", f"data.folder={folder}") == 0
+    assert re.fullmatch(rf"{folder} is as it was made: [\d,]+ train and [\d,]+ val tokens\n", capsys.readouterr().out)
+    content = bytearray((folder / "val.bin").read_bytes())
+    content[6] ^= 1
+    (folder / "val.bin").write_bytes(content)
+    assert call(world, "data", "--verify", f"data.folder={folder}") == 2
+    assert f"{folder}/val.bin has changed since it was made" in one_line(capsys, "data")
+    assert call(world, "data", "--verify", f"data.folder={tmp_path}/none") == 2
+    assert "`cocomix data` makes them" in one_line(capsys, "data")
 
 
 @pytest.mark.parametrize(

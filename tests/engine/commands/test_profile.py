@@ -17,10 +17,9 @@ def test_without_options_everything_is_measured(world, profiled):
 
 def test_options_are_handed_on(world, profiled):
     sizes = ["--rounds", "2", "--steps", "3", "--accumulation", "4", "--vocab-size", "300"]
-    kinds = ["--against", "public", "--against", "transformers", "--fit", "--random-teacher", "--no-breakdown"]
+    kinds = ["--fit", "--random-teacher", "--no-breakdown"]
     assert call(world, "profile", *sizes, *kinds, "--trace", "traces", "--json", "f.json") == 0
     options = Options(
-        against=("public", "transformers"),
         rounds=2,
         steps=3,
         accumulation=4,
