@@ -35,7 +35,6 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-OPERATIONS = ("concept_head", "topk_linear", "attribution", "concept_mix", "interleaved_attention", "distillation")
 SHORTEST = 5.0  # seconds; a part with less is not worth starting
 TAIL = 4000  # characters of a failed part's output that are kept
 NOTHING_SELECTED = 5  # pytest's exit status where no test has the marker
@@ -231,8 +230,7 @@ def profile_command(size: str, file: Path, on_gpu: bool) -> list[str]:
 
 def kernel_tests() -> list[str]:
     """The test files of the operations and of their kernels."""
-    named = [ROOT / "tests" / f"test_{operation}.py" for operation in OPERATIONS]
-    return [str(path) for path in [*sorted((ROOT / "tests").glob("test_triton_*.py")), *named] if path.exists()]
+    return sorted(map(str, (ROOT / "tests" / "kernels").rglob("test_*.py")))
 
 
 def run(command: list[str], limit: float) -> tuple[str, str]:

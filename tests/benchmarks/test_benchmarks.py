@@ -598,6 +598,13 @@ def test_flex_attention_has_the_mask_of_concept_queries():
     assert all(error <= case.tolerance for error in case.errors(inputs, case.truth(inputs), outputs).values())
 
 
+def test_the_tests_that_a_gpu_runs_are_those_of_every_operation():
+    files = gpu.kernel_tests()
+    folders = {folder.name for folder in (BENCHMARKS.parent / "kernels/cocomix_kernels").iterdir() if folder.is_dir()}
+    tested = {Path(file).parent.name for file in files}
+    assert tested == folders - {"__pycache__"} and all(Path(file).is_file() for file in files)
+
+
 @pytest.mark.slow
 def test_gpu_script_refuses_to_pass_off_a_cpu_as_a_gpu(tmp_path):
     if torch.cuda.is_available():
