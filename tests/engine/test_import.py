@@ -53,6 +53,14 @@ def test_every_public_name_is_there():
     assert {"CoCoMixConfig", "CoCoMixForCausalLM", "SparseAutoencoder", "ConceptTeacher", "LabelCache"} <= set(names)
 
 
+def test_the_version_is_that_of_the_installation():
+    import importlib.metadata
+
+    import cocomix
+
+    assert cocomix.__version__ == importlib.metadata.version("cocomix")
+
+
 def test_an_unknown_name_is_an_attribute_error():
     import cocomix
 

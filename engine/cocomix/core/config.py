@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -194,7 +194,7 @@ def load_config(path, overrides: list[str] = ()) -> Config:
             reason = str(error).splitlines()[0]
             raise CocomixError(f"{where}: {key or 'config'}: {reason}") from None
     try:
-        config = OmegaConf.to_object(merged)
+        config = cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise CocomixError(f"{path}: {str(error).splitlines()[0]}") from None
     _validate(config, str(path))
@@ -247,7 +247,7 @@ def _with_current_names(source, where: str, notes: list[str]):
     old = [name for name in source if name in RENAMED]
     _refuse_two_names(source, where)
     notes += [f"{where}: `{name}` is called `{RENAMED[name]}` now; the old name is still read" for name in old]
-    plain = OmegaConf.to_container(source, resolve=False)
+    plain = cast(dict, OmegaConf.to_container(source, resolve=False))
     return OmegaConf.create({RENAMED.get(name, name): value for name, value in plain.items()}) if old else source
 
 
@@ -265,7 +265,7 @@ def _check_keys(node, schema, where: str, prefix: str = "") -> None:
             near = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.5)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(known)}"
             raise CocomixError(f"{where}: unknown key {prefix}{key}; {hint}")
-        section, value = known[key].default_factory, OmegaConf.to_container(node)[key]
+        section, value = known[key].default_factory, cast(dict, OmegaConf.to_container(node))[key]
         if dataclasses.is_dataclass(section):
             if not isinstance(value, dict):
                 raise CocomixError(f"{where}: {prefix}{key} is a section, not a value; write {prefix}{key}.KEY")

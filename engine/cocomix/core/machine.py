@@ -110,7 +110,7 @@ def peak_bytes(function, device: torch.device):
         return torch.cuda.max_memory_allocated(device) - before, result
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
         result = function()
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]  # pyright: ignore[reportOptionalMemberAccess]  PyTorch's profiler, once it has run
     held = np.cumsum([0] + [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
     return int(held.max()), result
 

@@ -5,6 +5,7 @@ import difflib
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -66,7 +67,7 @@ def load_cluster(name: str) -> Cluster:
             hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
             raise CocomixError(f"{path}: unknown key {key}; {hint}")
     try:
-        cluster = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Cluster), content))
+        cluster = cast(Cluster, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Cluster), content)))
     except OmegaConfBaseException as error:
         raise CocomixError(f"{path}: {getattr(error, 'full_key', '')}: {str(error).splitlines()[0]}") from None
     _validate(cluster, path)

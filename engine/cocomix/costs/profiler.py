@@ -167,8 +167,8 @@ def _figures(profile, mode):
         "mfu": mode.flops_per_token / median / float(np.median(profile.rates)),
         "ratio": ratio,
         "ideal_ratio": mode.ideal_ratio if is_mixed else None,
-        "efficiency": mode.ideal_ratio / ratio["median"] if is_mixed else None,
-        "break_even_saving": 1 - 1 / ratio["median"] if is_mixed else None,
+        "efficiency": mode.ideal_ratio / ratio["median"] if is_mixed else None,  # pyright: ignore[reportOptionalSubscript]  there is one where is_mixed
+        "break_even_saving": 1 - 1 / ratio["median"] if is_mixed else None,  # pyright: ignore[reportOptionalSubscript]  there is one where is_mixed
         "slower": None if mode.of is None else spread(own / _training_seconds(profile, profile.modes[mode.of])),
     }
 

@@ -80,8 +80,11 @@ class Timeline:
     def in_turn(self):
         """What the block launches on another stream of a GPU begins after what the model's stream has got so far, and
         what that gets later waits for it. The host waits for neither."""
-        other = None if self._stream is None else torch.cuda.current_stream(self._stream.device)
-        if other is None or other == self._stream:
+        if self._stream is None:
+            yield
+            return
+        other = torch.cuda.current_stream(self._stream.device)
+        if other == self._stream:
             yield
             return
         other.wait_stream(self._stream)

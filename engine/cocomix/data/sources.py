@@ -40,9 +40,11 @@ class Source(Protocol):
 
     def fingerprint(self) -> dict:
         """What tells this text from another, JSON-serialisable."""
+        ...
 
     def documents(self) -> Iterator[Iterable[str]]:
         """Every document as consecutive strings, to be read before the next document is asked for."""
+        ...
 
 
 def open_sources(config: DataConfig) -> list[Source]:
@@ -67,7 +69,7 @@ def open_sources(config: DataConfig) -> list[Source]:
             f"data.text: {entries[weights.index(None)]['path']} has no weight but others have: give "
             "every entry a weight, or none"
         )
-    return [_Mixture(sources, weights)]
+    return [_Mixture(sources, weights)]  # pyright: ignore[reportReturnType]  its attributes are narrower
 
 
 def _read_entry(entry) -> dict:
@@ -129,13 +131,13 @@ def _open_source(name: str, config: DataConfig) -> Source:
     if name == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         files = [path for path in _walk(root, skip=_NOT_STDLIB) if path.suffix == ".py"]
-        return _LocalFiles(f"stdlib of Python {platform.python_version()}", root, _some(name, files), config.text_key)
+        return _LocalFiles(f"stdlib of Python {platform.python_version()}", root, _some(name, files), config.text_key)  # pyright: ignore[reportReturnType]  its attributes are narrower
     if name.startswith("hf:"):
         dataset, split, subset = (name.removeprefix("hf:").split(":", 2) + ["", ""])[:3]
-        return _HubDataset(name, dataset, split or "train", subset or None, config.text_key)
+        return _HubDataset(name, dataset, split or "train", subset or None, config.text_key)  # pyright: ignore[reportReturnType]  its attributes are narrower
     path = Path(name).expanduser()
     if path.is_file():
-        return _LocalFiles(name, path.parent, [path], config.text_key, skip_binary=False)
+        return _LocalFiles(name, path.parent, [path], config.text_key, skip_binary=False)  # pyright: ignore[reportReturnType]  its attributes are narrower
     if path.is_dir():
         files, root = list(_walk(path)), path
     elif glob.has_magic(name):
@@ -144,7 +146,7 @@ def _open_source(name: str, config: DataConfig) -> Source:
         raise CocomixError(f"data.text: there is no file or folder {name}")
     made_here = Path(config.folder).resolve()
     files = [file for file in files if made_here not in file.resolve().parents]
-    return _LocalFiles(name, root, _some(name, files), config.text_key)
+    return _LocalFiles(name, root, _some(name, files), config.text_key)  # pyright: ignore[reportReturnType]  its attributes are narrower
 
 
 def _some(name: str, files: list[Path]) -> list[Path]:

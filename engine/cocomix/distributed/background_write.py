@@ -6,8 +6,9 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint import CheckpointException, async_save
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import StorageWriter
 
 from cocomix.core.files import atomic_path
@@ -49,7 +50,7 @@ class BackgroundWriter:
     ) -> Future:
         """Copy `tensors` (any device) to host memory and return; the file at `path` appears, whole, when the future is
         done. `before` is called in the background first. `failure` says what went wrong."""
-        return async_save(
+        return async_save(  # pyright: ignore[reportReturnType]  a future, without an asynchronous stager's answer
             tensors,
             storage_writer=_SafetensorsFile(path, metadata, before),
             async_stager=self._stager,

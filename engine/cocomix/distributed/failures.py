@@ -9,8 +9,8 @@ import threading
 from datetime import timedelta
 
 import torch
-from torch.distributed import DistError, DistStoreError, PrefixStore
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed import DistError, DistStoreError
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from cocomix.core.errors import CocomixError
 from cocomix.core.origin import differences

@@ -26,7 +26,7 @@ def evaluate_checkpoint(checkpoint, data=None, seq_len: int | None = None, batch
     _require_tokenizer(description_folder(folder), tokens)
     model = load_model(folder).to(device)
     require_vocabulary(model, tokens)
-    context = model.config.max_position_embeddings
+    context = int(model.config.max_position_embeddings)
     seq_len = context if seq_len is None else seq_len
     if not 2 <= seq_len <= context:
         raise CocomixError(f"--seq-len is {seq_len}: this model takes windows of 2 to {context} tokens")

@@ -126,7 +126,7 @@ class _Harness:
                 bootstrap_iters=BOOTSTRAP_DRAWS,
                 task_manager=self._manager,
             )
-        return {task: _metrics(found, results["samples"].get(task, ())) for task, found in results["results"].items()}
+        return {task: _metrics(found, results["samples"].get(task, ())) for task, found in results["results"].items()}  # pyright: ignore[reportOptionalSubscript, reportTypedDictNotRequiredAccess]  as the harness returns it
 
     def _load(self, name: str) -> list:
         try:
@@ -135,7 +135,7 @@ class _Harness:
         except Exception as error:  # the harness, its task files and the data libraries have no common base exception
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CocomixError(f"the task {name} cannot be loaded: {reason}") from error
-        return [name] if loaded["groups"] else list(loaded["tasks"].values())
+        return [name] if loaded["groups"] else list(loaded["tasks"].values())  # pyright: ignore[reportTypedDictNotRequiredAccess]  as the harness returns it
 
 
 @contextlib.contextmanager

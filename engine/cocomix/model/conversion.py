@@ -63,7 +63,7 @@ def from_gpt2(model_class, path_or_model):
         name
         for name, differs in {
             f"activation_function={config.activation_function}": config.activation_function not in _TANH_GELU,
-            f"n_inner={config.n_inner}": config.n_inner not in (None, 4 * config.n_embd),
+            f"n_inner={config.n_inner}": config.n_inner not in (None, 4 * config.n_embd),  # pyright: ignore[reportOperatorIssue]  a transformers config
             "scale_attn_weights=False": not config.scale_attn_weights,
             "scale_attn_by_inverse_layer_idx=True": config.scale_attn_by_inverse_layer_idx,
             "add_cross_attention=True": config.add_cross_attention,

@@ -297,9 +297,9 @@ class CoCoMixForCausalLM(CoCoMixPreTrainedModel, GenerationMixin):
             targets = _soft_targets(soft_target_ids, soft_target_log_probs, teacher_hidden, teacher_head)
             loss, ntp_loss, distillation_loss = self._next_token_losses(hidden, labels, targets, num_items_in_batch)
         if concept_loss is not None and concept_token_count is not None:
-            labelled = (concept_labels >= 0).any(-1).sum()
+            labelled = (concept_labels >= 0).any(-1).sum()  # pyright: ignore[reportOptionalOperand]  there are labels where there is a loss
             concept_loss = concept_loss * (labelled / concept_token_count)
-        if concept_loss is not None and num_items_in_batch is not None:
+        if concept_loss is not None and labels is not None and num_items_in_batch is not None:
             concept_loss = concept_loss * ((labels[:, 1:] != -100).sum() / num_items_in_batch)
         if loss is not None and concept_loss is not None:
             loss = loss + self.config.concept_loss_weight * concept_loss

@@ -37,7 +37,7 @@ class DoubledLayer(DynamicLayer):
 
     def crop(self, tokens: int) -> None:
         """Forget the last -`tokens` tokens, or (> 0, as older versions of transformers call it) all but the first."""
-        if self.is_initialized:
+        if self.keys is not None and self.values is not None:
             kept = tokens if tokens > 0 else self.get_seq_length() + tokens
             self.keys, self.values = self.keys[..., : 2 * kept, :], self.values[..., : 2 * kept, :]
 
@@ -72,14 +72,13 @@ def attention_masks(input_ids, attention_mask, n_past: int, doubled: bool):
     input_ids [B, T], attention_mask [B, past + T], 0 at padding -> bool [B or 1, 1, T, past + T] and, where `doubled`,
     [B or 1, 1, 2T, 2 (past + T)], True where attended.
     """
-    padded = attention_mask is not None and not bool(attention_mask.all())
-    if n_past == 0 and not padded:
+    keep = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
+    if n_past == 0 and keep is None:
         return None, None
-    keep = attention_mask.bool() if padded else None
     token_mask = _causal_mask(n_past, input_ids.shape[1], keep, input_ids.device)
     if not doubled:
         return token_mask, None
-    keep = keep.repeat_interleave(2, dim=1) if padded else None
+    keep = None if keep is None else keep.repeat_interleave(2, dim=1)
     return token_mask, _causal_mask(2 * n_past, 2 * input_ids.shape[1], keep, input_ids.device)
 
 

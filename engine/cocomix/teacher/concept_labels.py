@@ -71,7 +71,7 @@ class ConceptLabels(SupervisionKind):
                 f"teacher.sae has {teacher.sae.n_latents} latents, but a label cache numbers at most {NONE}: take an "
                 "SAE with fewer"
             )
-        return super().start_cache(config, tokens, teacher)
+        return super().start_cache(config, tokens, teacher)  # pyright: ignore[reportReturnType]  the kind's own cache
 
     def per_token(self, config: Config) -> int:
         """K."""

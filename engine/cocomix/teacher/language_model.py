@@ -100,7 +100,7 @@ def fixed_passes(function: Callable, input_ids: torch.Tensor) -> torch.Tensor:
 
 def require_vocabulary(model: nn.Module, tokens: TokenFiles) -> None:
     """Raise `CocomixError` unless the model's vocabulary covers the token files'."""
-    if model.config.vocab_size < tokens.vocab_size:
+    if model.config.vocab_size < tokens.vocab_size:  # pyright: ignore[reportOperatorIssue]  there are labels where there is a loss
         raise CocomixError(
             f"the token files in {tokens.folder} use {tokens.vocab_size} ids but the model knows "
             f"{model.config.vocab_size}: it was made for another tokenizer"

@@ -113,7 +113,7 @@ class SparseAutoencoder(nn.Module):
         parts = []
         for rows in row_chunks(len(flat), 16 * self.n_latents, flat.device):  # latents, mask, product and selection
             latents = F.linear(flat[rows], self.W_enc, self.latent_bias)
-            active = latents > self.threshold
+            active = latents > self.threshold  # pyright: ignore[reportOperatorIssue]  a buffer or a name
             values, indices = stable_topk(latents.relu() * active, self.k)
             parts.append((values.to(torch.promote_types(values.dtype, torch.float32)), indices))
         values, indices = zip(*parts, strict=True)
@@ -128,7 +128,7 @@ class SparseAutoencoder(nn.Module):
         flat_indices = indices.reshape(-1, indices.shape[-1])
         summed = F.embedding_bag(flat_indices, self.decoder, per_sample_weights=flat_values, mode="sum")
         reconstruction = summed.view(*values.shape[:-1], self.d_model) + self.pre_bias
-        return reconstruction if mean is None else reconstruction * std + mean
+        return reconstruction if mean is None or std is None else reconstruction * std + mean
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction [..., d] of raw activations x [..., d]."""
@@ -163,7 +163,7 @@ class SparseAutoencoder(nn.Module):
             write_json(aside / "config.json", config)
 
     def _plain_normalization(self) -> bool | str:
-        return _PLAIN_NAMES.get(self.normalization, self.normalization)
+        return _PLAIN_NAMES.get(self.normalization, self.normalization)  # pyright: ignore[reportReturnType]  a buffer or a name
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {"W_enc": self.W_enc, "latent_bias": self.latent_bias}

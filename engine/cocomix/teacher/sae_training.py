@@ -134,7 +134,7 @@ def train_step(state: TrainingState, x: Tensor, config: SaeConfig) -> None:
     with torch.no_grad():
         decoder = sae.decoder
         # Movement along a row would be undone by the renormalisation, but would count in Adam's moments.
-        decoder.grad -= (decoder.grad * decoder).sum(1, keepdim=True) * decoder
+        decoder.grad -= (decoder.grad * decoder).sum(1, keepdim=True) * decoder  # pyright: ignore[reportOperatorIssue, reportOptionalOperand]  there is one after backward()
         torch.nn.utils.clip_grad_norm_(sae.parameters(), GRAD_CLIP)
         optimizer.step()
         decoder.copy_(F.normalize(decoder, dim=1))

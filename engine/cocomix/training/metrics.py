@@ -105,7 +105,7 @@ def _open_tensorboard(folder, from_step):
 
 def _open_wandb(folder, project, settings):
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]  an optional library
     except ModuleNotFoundError:
         raise CocomixError("train.wandb_project needs wandb: pip install wandb") from None
     return wandb.init(project=project, name=folder.name, dir=folder, config=settings, resume="allow", id=folder.name)

@@ -66,7 +66,7 @@ class RunRecord:
         values = {_RENAMED.get(key, key): value for key, value in read_json(path, "the run's description").items()}
         values = {"soft_targets": None, "flops_per_token": None} | values  # which came with later versions
         _check(values, path)
-        data = DataRecord(**{key: values["data"][key] for key in _keys(DataRecord)})
+        data = DataRecord(**{key: values["data"][key] for key in _keys(DataRecord)})  # pyright: ignore[reportOptionalSubscript]  checked above
         return cls(**{key: values[key] for key in _keys(cls)} | {"data": data})
 
 

@@ -35,7 +35,7 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, and the log-sum-exps that the same backend's backward pass wants."""
     if backend == "flash_attn_4":
-        from flash_attn.cute.interface import _flash_attn_fwd
+        from flash_attn.cute.interface import _flash_attn_fwd  # pyright: ignore[reportMissingImports]  an optional library
 
         out, lse = _flash_attn_fwd(q, k, v, softmax_scale=scale, causal=True, return_lse=True)[:2]
         return out, lse.contiguous()
@@ -64,7 +64,7 @@ def _attention_backward(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if backend == "flash_attn_4":
-        from flash_attn.cute.interface import _flash_attn_bwd
+        from flash_attn.cute.interface import _flash_attn_bwd  # pyright: ignore[reportMissingImports]  an optional library
 
         deterministic = torch.are_deterministic_algorithms_enabled()
         gradients = _flash_attn_bwd(
@@ -108,7 +108,7 @@ _triton_backend, _flash_4 = partial(_own_op, "triton"), partial(_own_op, "flash_
 
 
 def _flash_2(q, k, v, scale):
-    from flash_attn import flash_attn_func
+    from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]  an optional library
 
     deterministic = torch.are_deterministic_algorithms_enabled()
     return flash_attn_func(q, k, v, softmax_scale=scale, causal=True, deterministic=deterministic)

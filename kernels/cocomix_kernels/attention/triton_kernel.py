@@ -46,7 +46,7 @@ def _load_tile(
     INTERPRETED: tl.constexpr,
 ):
     """[ROWS, BLOCK_D], zero outside the matrix; RAGGED: its rows may end inside the tile."""
-    pointers, inside = _tile(base, row, rows, STRIDE, D, ROWS, BLOCK_D)
+    pointers, inside = _tile(base, row, rows, STRIDE, D, ROWS, BLOCK_D)  # pyright: ignore[reportGeneralTypeIssues]  Triton's own types
     if RAGGED:
         x = tl.load(pointers, mask=inside, other=0.0)
     elif D < BLOCK_D:
@@ -58,7 +58,7 @@ def _load_tile(
 
 @triton.jit
 def _store_tile(base, row, rows, x, STRIDE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    pointers, inside = _tile(base, row, rows, STRIDE, D, ROWS, BLOCK_D)
+    pointers, inside = _tile(base, row, rows, STRIDE, D, ROWS, BLOCK_D)  # pyright: ignore[reportGeneralTypeIssues]  Triton's own types
     tl.store(pointers, x.to(base.dtype.element_ty), mask=inside)
 
 

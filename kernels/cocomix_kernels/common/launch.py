@@ -36,7 +36,9 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-next_power_of_2 = triton.next_power_of_2
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return int(triton.next_power_of_2(n))
 
 
 def interpreted(kernel) -> bool:

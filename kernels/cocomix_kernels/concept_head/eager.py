@@ -59,15 +59,20 @@ class TorchSteps:
         """
         dx_wanted, dw_wanted = wanted
         dtype = accumulation_dtype(x.dtype)
-        gradients = [None, None, None]
-        for i, (like, is_wanted) in enumerate(((x, dx_wanted), (weight, dw_wanted), (weight[:, 0], dw_wanted))):
-            if is_wanted and of_loss is None:
-                gradients[i] = x.new_zeros(like.shape, dtype=dtype)
-            elif is_wanted:
-                gradients[i] = of_loss[i].to(dtype) * grad_loss
+        parts = zip(
+            (x, weight, weight[:, 0]), (dx_wanted, dw_wanted, dw_wanted), of_loss or (None, None, None), strict=True
+        )
+        gradients = [
+            _share_of_loss(like, of_this, grad_loss, dtype) if is_wanted else None for like, is_wanted, of_this in parts
+        ]
         if grad_values is not None:
             _add_sparse_gradients(grad_values, indices, x, weight, *gradients)
         return tuple(x.new_empty(0) if g is None else g.to(x.dtype) for g in gradients)
+
+
+def _share_of_loss(like, of_loss, grad_loss, dtype):
+    """What comes into a gradient through the loss: zeros where there was none."""
+    return like.new_zeros(like.shape, dtype=dtype) if of_loss is None else of_loss.to(dtype) * grad_loss
 
 
 def _add_sparse_gradients(grad_values, indices, x, weight, dx, dw, db):  # never touches more than the kept rows

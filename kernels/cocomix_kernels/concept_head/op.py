@@ -50,7 +50,8 @@ def _concept_head(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     values, indices, loss, dx, dw, db = _outputs(x, weight, bias, labels, k, dx_wanted, dw_wanted, backend)
-    loss.zero_(), dw.zero_(), db.zero_()
+    for total in (loss, dw, db):
+        total.zero_()
     step = steps(backend)
     targets = None if labels is None else _targets(labels, values.dtype)
     for rows, logits in logit_chunks(x, weight, bias, backend):
@@ -64,7 +65,7 @@ def _concept_head(
         if dx_wanted:
             torch.mm(gradient, weight, out=dx[rows])
         if dw_wanted:
-            add_product_(dw, gradient.t(), x[rows])
+            add_product_(dw, gradient.t(), x[rows])  # pyright: ignore[reportOptionalMemberAccess]  there is one where it is wanted
             db += column_sums
     return values, indices, loss, dx, dw, db
 

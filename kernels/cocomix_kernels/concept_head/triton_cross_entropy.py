@@ -28,7 +28,7 @@ def _gradient_kernel(
     n_rows, n_columns,
     LABELS: tl.constexpr, ROWS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    log2_e: tl.constexpr = 1.4426950408889634
+    log2_e: tl.constexpr = 1.4426950408889634  # pyright: ignore[reportAssignmentType]  Triton's own types
     columns = tl.program_id(0) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     block = tl.program_id(1)
     total = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)  # summed over rows once, at the end

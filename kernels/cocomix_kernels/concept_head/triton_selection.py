@@ -68,7 +68,7 @@ def _stream_row(logits, maxima, n_columns, n_groups, GROUP: tl.constexpr, TILE: 
 
     A maximum skips NaN. The log-sum-exp shows it, so only without that is its group marked as one to look at.
     """
-    log2_e: tl.constexpr = 1.4426950408889634
+    log2_e: tl.constexpr = 1.4426950408889634  # pyright: ignore[reportAssignmentType]  Triton's own types
     top = -float("inf")  # of base-2 exponents, as is shift below
     total = 0.0
     result = 0.0

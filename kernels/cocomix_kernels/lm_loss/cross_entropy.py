@@ -25,7 +25,7 @@ def _pytorch(x, weight, labels, ignore_index):
 
 
 def _liger(x, weight, labels, ignore_index):
-    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction  # pyright: ignore[reportMissingImports]  an optional library
 
     loss, *_ = LigerFusedLinearCrossEntropyFunction.apply(x, weight, labels, None, None, ignore_index)
     return loss
