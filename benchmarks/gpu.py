@@ -97,7 +97,7 @@ def main() -> int:
         os.environ[COMMIT_VARIABLE] = options.commit
     if options.cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # modes of one profile share memory
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # methods of one profile share memory
     report = {
         "benchmark": "gpu",
         **describe(torch.device("cuda:0" if on_gpu else "cpu")),

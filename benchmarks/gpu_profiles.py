@@ -66,24 +66,26 @@ def command(size: str, file: Path, memory: float | None) -> list[str]:
 
 def targets(size: str, found: dict) -> list[tuple[str, float, bool]]:
     """(what should hold, the value, whether it does) for one size's profile."""
-    modes = found["modes"]
+    methods = found["methods"]
     judged = []
 
     def judge(what, value, at_least=None, at_most=None):
         sign, bound = ("≥", at_least) if at_most is None else ("≤", at_most)
         judged.append((f"{what} {sign} {bound:g}", value, value >= bound if at_most is None else value <= bound))
 
-    if "cached" in modes:
-        judge("efficiency with cached labels", modes["cached"]["efficiency"], EFFICIENCY)
-    for name, mode in modes.items():
-        if mode["of"] is None:
+    if "cached" in methods:
+        judge("efficiency with cached labels", methods["cached"]["efficiency"], EFFICIENCY)
+    for name, method in methods.items():
+        if method["of"] is None:
             continue
         least = OVER_TRANSFORMERS if name == "transformers" else SPEEDUP.get((size, name))
         if least is not None:
-            judge(f"tokens/s over {name}", mode["slower"]["median"], least)
-        if name != "transformers" and mode["windows"] == modes[mode["of"]]["windows"]:
+            judge(f"tokens/s over {name}", method["slower"]["median"], least)
+        if name != "transformers" and method["windows"] == methods[method["of"]]["windows"]:
             judge(
-                f"peak memory of {name}", modes[mode["of"]]["peak_memory_gib"] / mode["peak_memory_gib"], at_most=MEMORY
+                f"peak memory of {name}",
+                methods[method["of"]]["peak_memory_gib"] / method["peak_memory_gib"],
+                at_most=MEMORY,
             )
     return judged
 

@@ -10,7 +10,7 @@ that the picture shows how far off the arithmetic is. What it is told and what i
 
 Writes scaling.json and scaling_DIMENSION.png into --out. scaling.json: `machine`, `config`, `overrides`, `cluster`
 (`cocomix.costs.cluster.Cluster`), `assumed`, and `dimensions`: by name a list of points with `value`, `measured` (by
-mode `tokens_per_s` and `peak_memory_gib`; `ratio` with its spread) or null with `reason`, and `predicted`
+method `tokens_per_s` and `peak_memory_gib`; `ratio` with its spread) or null with `reason`, and `predicted`
 (`fits` as well).
 """
 
@@ -49,7 +49,7 @@ ASSUMED = (
 )
 NO_MEMORY = "does not fit into memory"  # in what `cocomix profile` says
 COPY_BYTES, COPIES = {"cpu": 2**27, "cuda": 2**30}, 10
-MODES = {"ntp": "NTP", "cached": "CoCoMix, cached labels"}
+METHODS = {"ntp": "NTP", "cached": "CoCoMix, cached labels"}
 
 
 def main(arguments=None) -> int:
@@ -196,8 +196,10 @@ def whole_batch(config: Config, micro_batch: int, ranks: int) -> int:
 
 def figures(profile: dict) -> dict:
     """What is drawn of a profile."""
-    modes = {name: {key: profile["modes"][name][key] for key in ("tokens_per_s", "peak_memory_gib")} for name in MODES}
-    return {**modes, "ratio": profile["modes"]["cached"]["ratio"]}
+    methods = {
+        name: {key: profile["methods"][name][key] for key in ("tokens_per_s", "peak_memory_gib")} for name in METHODS
+    }
+    return {**methods, "ratio": profile["methods"]["cached"]["ratio"]}
 
 
 # ---- predicted
@@ -210,7 +212,7 @@ def ranks_at(name: str, value: int) -> int:
 
 def at(config: Config, name: str, value: int) -> Config:
     """The config at a point, with labels from a cache."""
-    changes = {"data": {}, "model": {}, "train": {}, "labels": {"cache": "cached"}}
+    changes = {"data": {}, "model": {}, "train": {}, "concept_labels": {"cache": "cached"}}
     if DIMENSIONS[name][0]:
         section, _, key = DIMENSIONS[name][0].partition(".")
         changes[section][key] = value
@@ -256,7 +258,7 @@ def copy_rate(device) -> float:
 
 
 def prediction(config: Config, ranks: int, cluster: Cluster, vocab_size: int, device) -> dict:
-    """`cocomix plan`'s figures for both modes, and their ratio."""
+    """`cocomix plan`'s figures for both methods, and their ratio."""
     found = {}
     for name, of in (("ntp", baseline(config)), ("cached", config)):
         job = make_job(of, cluster, vocab_size)
@@ -277,11 +279,11 @@ def picture(axis: str, points: list[dict]):
 
     figure = Figure(figsize=(10.5, 3.6), layout="constrained")
     panels = figure.subplots(1, 3)
-    for (mode, label), (color, _, marker) in zip(MODES.items(), LINES, strict=False):
+    for (method, label), (color, _, marker) in zip(METHODS.items(), LINES, strict=False):
         for axes, key in ((panels[0], "tokens_per_s"), (panels[2], "peak_memory_gib")):
-            _lines(axes, points, lambda found, mode=mode, key=key: found[mode][key], color, marker, label)
+            _lines(axes, points, lambda found, method=method, key=key: found[method][key], color, marker, label)
     color, _, marker = LINES[1]
-    _lines(panels[1], points, lambda found: found["ratio"]["median"], color, marker, MODES["cached"])
+    _lines(panels[1], points, lambda found: found["ratio"]["median"], color, marker, METHODS["cached"])
     ticks = [point["value"] for point in points]
     for axes, title in zip(panels, ("tokens/s", "time a token over NTP's", "peak memory of a rank (GiB)"), strict=True):
         axes.set(xlabel=axis, title=title, xscale="log", ylim=(0, None))
@@ -319,7 +321,9 @@ def table(found: dict) -> str:
         )
         for point in points:
             both = point["measured"], point["predicted"]
-            cells = [_pair(both, 24, ",.0f", lambda one, mode=mode: one[mode]["tokens_per_s"]) for mode in MODES]
+            cells = [
+                _pair(both, 24, ",.0f", lambda one, method=method: one[method]["tokens_per_s"]) for method in METHODS
+            ]
             cells.append(_pair(both, 16, ".2f", lambda one: one["ratio"]["median"]))
             cells.append(_pair(both, 18, ".3g", lambda one: one["cached"]["peak_memory_gib"]))
             lines.append(f"{point['value']:>8,}{''.join(cells)}  {point['reason'] or ''}".rstrip())

@@ -657,7 +657,7 @@ def test_gpu_script_profiles_the_three_sizes(tmp_path):
     ]
     assert list(report["profiles"]) == ["69m", "386m", "1.38b"]
     for found in report["profiles"].values():
-        assert set(found["modes"]) == {"ntp", "cached", "transformers", "public cached"}
+        assert set(found["methods"]) == {"ntp", "cached", "transformers", "public cached"}
     assert done.stdout.count("break-even saving") == 6  # a table's heading and a sentence for each
     assert "≥" not in done.stdout  # targets are for a GPU
 
@@ -683,7 +683,7 @@ def test_a_profiles_targets_are_those_of_its_size():
         }
 
     found = {
-        "modes": {
+        "methods": {
             "ntp": mode(None, None, 10),
             "cached": mode(None, None, 20, 0.91),
             "online": mode(None, None, 21, 0.8),

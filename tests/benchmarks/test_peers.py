@@ -214,16 +214,16 @@ def test_a_profile_measures_them_beside_ours(tmp_path, capsys, monkeypatch):
         )
         == 0
     )
-    modes = read_json(tmp_path / "out.json", "figures")["modes"]
-    assert {name: mode["of"] for name, mode in modes.items()} == {
+    methods = read_json(tmp_path / "out.json", "figures")["methods"]
+    assert {name: method["of"] for name, method in methods.items()} == {
         "ntp": None,
         "cached": None,
         "transformers": "ntp",
         "public cached": "cached",
     }
-    public = modes["public cached"]
-    assert public["flops_per_token"] == modes["cached"]["flops_per_token"]  # what is needed, not what is done
-    assert public["parts"]["concept head, backward"] > 0 and modes["transformers"]["parts"] is None
-    assert modes["transformers"]["efficiency"] is None and modes["transformers"]["ratio"]["median"] > 0
+    public = methods["public cached"]
+    assert public["flops_per_token"] == methods["cached"]["flops_per_token"]  # what is needed, not what is done
+    assert public["parts"]["concept head, backward"] > 0 and methods["transformers"]["parts"] is None
+    assert methods["transformers"]["efficiency"] is None and methods["transformers"]["ratio"]["median"] > 0
     text = capsys.readouterr().out
     assert f"CoCoMix, cached labels: {public['slower']['median']:.2f} (" in text and "NTP: " in text

@@ -36,7 +36,7 @@ def config_file(tmp_path):
 
 
 def profile(tokens_per_s=100.0):
-    modes = {
+    methods = {
         name: {
             "tokens_per_s": tokens_per_s / slower,
             "peak_memory_gib": 0.5 * slower,
@@ -44,7 +44,7 @@ def profile(tokens_per_s=100.0):
         }
         for name, slower in (("ntp", 1.0), ("cached", 1.6))
     }
-    return {"modes": modes, "product_flops_per_s": {"median": 2e11}, "student": {"vocab_size": 512}}
+    return {"methods": methods, "product_flops_per_s": {"median": 2e11}, "student": {"vocab_size": 512}}
 
 
 def finished(returncode=0, stderr="", written=None):

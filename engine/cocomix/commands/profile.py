@@ -19,12 +19,12 @@ def add_arguments(parser):
         "--random-teacher", action="store_true", help="online labels by a GPT-2 124M and an SAE of random weights"
     )
     parser.add_argument("--vocab-size", type=int, help="take random tokens of so many ids, and no token files")
-    parser.add_argument("--rounds", type=positive_int, help="of all modes in turn (default: 5 on a CPU, 10 on a GPU)")
-    parser.add_argument("--steps", type=positive_int, help="of a mode in a round (default: 1 on a CPU, 5 on a GPU)")
+    parser.add_argument("--rounds", type=positive_int, help="of all methods in turn (default: 5 on a CPU, 10 on a GPU)")
+    parser.add_argument("--steps", type=positive_int, help="of a method in a round (default: 1 on a CPU, 5 on a GPU)")
     parser.add_argument("--accumulation", type=positive_int, default=1, help="micro batches in a step (default: 1)")
     parser.add_argument("--fit", action="store_true", help="halve train.micro_batch until it fits into memory")
     parser.add_argument("--no-breakdown", action="store_true", help="total times alone")
-    parser.add_argument("--trace", metavar="FOLDER", help="write a profiler trace of each mode, for Perfetto")
+    parser.add_argument("--trace", metavar="FOLDER", help="write a profiler trace of each method, for Perfetto")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
 
 

@@ -6,6 +6,7 @@ from cocomix.core.config import Config
 from cocomix.core.files import write_json
 from cocomix.core.flops import parameter_count, training_flops
 from cocomix.core.methods import SOFT_TARGETS
+from cocomix.core.tables import aligned
 from cocomix.costs.cluster import load_cluster
 from cocomix.costs.planner import Plan, gigabytes, make_job, make_plan, predict, settings_of
 from cocomix.teacher.supervision import learns_from, wanted_kinds
@@ -51,7 +52,7 @@ def describe(plan: Plan) -> str:
     job, cluster = plan.job, plan.job.cluster
     shape, first = job.shape, plan.stages[0].setup
     lines = [
-        f"{parameter_count(shape) / 1e6:,.0f}M parameters, {_mode(job)}, {job.config.train.precision}; "
+        f"{parameter_count(shape) / 1e6:,.0f}M parameters, {_method(job)}, {job.config.train.precision}; "
         f"{training_flops(shape, job.teacher) / 1e9:.2f} GFLOP a token, forward and backward",
         f"{plan.gpus} x {cluster.name}, {cluster.memory_gb:g} GB each of which {cluster.reserved_gb:g} GB reserved; "
         f"{plan.global_batch:,} windows of {shape.seq_len:,} tokens a step: {first.rounds} x {first.micro_batch} for "
@@ -74,7 +75,7 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _mode(job):
+def _method(job):
     config = job.config
     sources = [
         f"{'cached' if kind.cache_folder(config) else 'online'} {kind.title(config)}" for kind in wanted_kinds(config)
@@ -123,17 +124,7 @@ def _stage_table(plan):
         )
     ]
     rows.append(["days", *(_days(found.days) for found in plan.stages)])
-    return _aligned([["", *(f"ZeRO {found.setup.stage}" for found in plan.stages)], *rows])
-
-
-def _aligned(rows):
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    )
+    return "\n".join(aligned([["", *(f"ZeRO {found.setup.stage}" for found in plan.stages)], *rows]))
 
 
 def table(plans: list[Plan]) -> str:
@@ -168,6 +159,6 @@ def table(plans: list[Plan]) -> str:
         else ""
     )
     return (
-        f"Predicted for {job.cluster.name}: {parameter_count(job.shape) / 1e6:,.0f}M parameters, {_mode(job)}, "
+        f"Predicted for {job.cluster.name}: {parameter_count(job.shape) / 1e6:,.0f}M parameters, {_method(job)}, "
         f"{job.config.train.precision}, {job.config.train.tokens:.3g} tokens\n\n{text}{note}"
     )

@@ -1,4 +1,4 @@
-"""The modes of a profile: students, teacher and competitors in memory together, and the rounds that measure them."""
+"""The methods of a profile: students, teacher and competitors in memory together, and the rounds that measure them."""
 
 import contextlib
 import dataclasses
@@ -41,7 +41,7 @@ class Options:
     against: tuple[str, ...] = ()  # of PUBLIC and TRANSFORMERS, which `peers` knows
     peers: Any = None  # who has `public_student`, `PublicTeacher` and `transformers_gpt2`: benchmarks/peers.py
     rounds: int | None = None  # None: by device
-    steps: int | None = None  # of a mode in a round; None: by device
+    steps: int | None = None  # of a method in a round; None: by device
     accumulation: int = 1  # micro batches in a step
     fit: bool = False  # halve the micro batch until it fits
     random_teacher: bool = False
@@ -58,7 +58,7 @@ class Student:
 
 
 @dataclass
-class Mode:
+class Method:
     """One way to train, ready to step; what was measured of it."""
 
     name: str
@@ -69,7 +69,7 @@ class Mode:
     windows: int  # in a micro batch of one rank
     flops_per_token: int
     ideal_ratio: float
-    of: str | None = None  # the mode that it competes with
+    of: str | None = None  # the method that it competes with
     way: Callable = contextlib.nullcontext  # inside this context the engine computes as a competitor does
     has_parts: bool = True
     seconds: list[float] = field(default_factory=list)  # of a step, by round
@@ -84,10 +84,10 @@ class Mode:
 
 
 class Profile:
-    """Students, teacher and modes of one profile. Building it takes every mode's first step and its peak memory.
+    """Students, teacher and methods of one profile. Building it takes every method's first step and its peak memory.
 
     `windows` maps a competitor's name to the windows of its micro batches, where those of the config do not fit it.
-    Raises `OutOfMemory` where a mode does not fit.
+    Raises `OutOfMemory` where a method does not fit.
     """
 
     def __init__(self, config: Config, options: Options, ranks: Ranks, windows: dict[str, int] | None = None):
@@ -105,7 +105,7 @@ class Profile:
         self.kinds = self._kinds()
         self.peers = options.peers
         _check_against(options, config)
-        self.teachers, self.teacher_bytes, self.modes = {}, 0, {}
+        self.teachers, self.teacher_bytes, self.methods = {}, 0, {}
         self._product = ProductRate(ranks.device, _DTYPES[config.train.precision])  # now: later nothing may be free
         self.rates: list[float] = []
         self._windows = windows or {}
@@ -171,8 +171,8 @@ class Profile:
                     way=self.peers.public_student(mixed.engine.module),
                     teachers=teachers,
                 )
-        for mode in self.modes.values():
-            self._first_steps(mode)
+        for method in self.methods.values():
+            self._first_steps(method)
 
     def _title(self, kind):
         sources = " and ".join(kind.title(self.config) for kind in wanted_kinds(self.config))
@@ -200,7 +200,7 @@ class Profile:
         batches = training_batches(config, self.split, supervision, self.ranks)
         if windows < config.train.micro_batch:
             batches = ({key: value[:windows] for key, value in batch.items()} for batch in batches)
-        self.modes[name] = Mode(
+        self.methods[name] = Method(
             name,
             title,
             student,
@@ -212,16 +212,16 @@ class Profile:
             **more,
         )
 
-    def _first_steps(self, mode):
+    def _first_steps(self, method):
         """The first step, which allocates what stays and compiles; the peak of the second; then a few more."""
-        kept, _ = self._fitting(mode.name, kept_bytes, mode.step)
-        if not any(other.peak_bytes for other in self.modes.values() if other.student is mode.student):
-            mode.student.kept_bytes += kept
-        peak, _ = self._fitting(mode.name, peak_bytes, mode.step)
-        teacher_bytes = self.teacher_bytes if mode.train_step.supervision.teachers else 0
-        mode.peak_bytes = mode.student.kept_bytes + teacher_bytes + peak
+        kept, _ = self._fitting(method.name, kept_bytes, method.step)
+        if not any(other.peak_bytes for other in self.methods.values() if other.student is method.student):
+            method.student.kept_bytes += kept
+        peak, _ = self._fitting(method.name, peak_bytes, method.step)
+        teacher_bytes = self.teacher_bytes if method.train_step.supervision.teachers else 0
+        method.peak_bytes = method.student.kept_bytes + teacher_bytes + peak
         for _ in range(_WARM_UP[self.ranks.device.type]):
-            mode.step()
+            method.step()
 
     def _fitting(self, name, measure, function):
         try:
@@ -233,9 +233,9 @@ class Profile:
 
     def close(self) -> None:
         """Release engines, teacher and memory."""
-        for engine in {id(mode.student): mode.student.engine for mode in self.modes.values()}.values():
+        for engine in {id(method.student): method.student.engine for method in self.methods.values()}.values():
             engine.destroy()
-        self.modes.clear()
+        self.methods.clear()
         self.teachers = {}
         torch.compiler.reset()  # a graph of another batch size would make the next one dynamic
         give_memory_back(self.ranks.device)
@@ -243,68 +243,68 @@ class Profile:
     # Measuring
 
     def measure(self) -> None:
-        """The rounds: the product's rate, all modes in turn as in training, and all modes in turn with marks.
+        """The rounds: the product's rate, all methods in turn as in training, and all methods in turn with marks.
 
-        So each follows another mode, plain and with marks alike. Every other round goes backwards.
+        So each follows another method, plain and with marks alike. Every other round goes backwards.
         """
         for number in range(self.rounds):
             self.rates.append(self._product.measure())
-            modes = list(self.modes.values())[:: -1 if number % 2 else 1]
-            for mode in modes:
-                self._time(mode)
-            for mode in modes:
-                if self.options.breakdown and mode.has_parts:
-                    mode.parts.append(self._marked(mode))
+            methods = list(self.methods.values())[:: -1 if number % 2 else 1]
+            for method in methods:
+                self._time(method)
+            for method in methods:
+                if self.options.breakdown and method.has_parts:
+                    method.parts.append(self._marked(method))
 
-    def _time(self, mode):
+    def _time(self, method):
         """Seconds of a step; the host waits for the device at the ends of the round's steps alone."""
         timeline = Timeline(self.ranks.device)
         self.ranks.barrier()
         synchronize(self.ranks.device)
-        with marked_updates(mode.train_step, timeline):
+        with marked_updates(method.train_step, timeline):
             start = time.perf_counter()
             timeline.start()
             for _ in range(self.steps):
-                mode.step()
+                method.step()
             timeline.finish()
             synchronize(self.ranks.device)
             seconds = time.perf_counter() - start
-        mode.seconds.append(seconds / self.steps)
-        mode.update_seconds.append(timeline.seconds()[OPTIMIZER] / self.steps)
+        method.seconds.append(seconds / self.steps)
+        method.update_seconds.append(timeline.seconds()[OPTIMIZER] / self.steps)
 
-    def _marked(self, mode):
+    def _marked(self, method):
         """Seconds of a step by part."""
         timeline = Timeline(self.ranks.device)
         self.ranks.barrier()
         synchronize(self.ranks.device)
-        with marked(mode.train_step, timeline):
+        with marked(method.train_step, timeline):
             timeline.start()
             for _ in range(self.steps):
-                mode.step()
+                method.step()
             timeline.finish()
         return {part: seconds / self.steps for part, seconds in timeline.seconds().items()}
 
     def trace(self, folder) -> list[Path]:
-        """Write a trace of two steps of each mode, `FOLDER/MODE.json.gz`, for Perfetto or chrome://tracing; returns
+        """Write a trace of two steps of each method, `FOLDER/MODE.json.gz`, for Perfetto or chrome://tracing; returns
         the files. Parts are ranges in it, by name."""
         from cocomix.costs.profile_trace import traced
 
         files = []
-        for mode in self.modes.values():
-            path = Path(folder) / f"{mode.name.replace(' ', '-')}.json.gz"
+        for method in self.methods.values():
+            path = Path(folder) / f"{method.name.replace(' ', '-')}.json.gz"
             with traced(path if self.ranks.is_first else None, self.ranks.device):
                 timeline = Timeline(self.ranks.device, named=True)
-                with marked(mode.train_step, timeline):
+                with marked(method.train_step, timeline):
                     timeline.start()
                     for _ in range(_TRACED_STEPS):
-                        mode.step()
+                        method.step()
                     timeline.finish()
             files.append(path)
         return files
 
 
 class OutOfMemory(Exception):
-    """Mode `name` does not fit into the device's memory; `is_ours`: it is no competitor."""
+    """Method `name` does not fit into the device's memory; `is_ours`: it is no competitor."""
 
     def __init__(self, name: str):
         super().__init__(f"{name} does not fit")

@@ -1,12 +1,13 @@
-"""A profile's figures as text: one table of the modes, one of the parts of their steps."""
+"""A profile's figures as text: one table of the methods, one of the parts of their steps."""
 
+from cocomix.core.tables import aligned
 from cocomix.costs.step_parts import BACKWARD, COMMUNICATION, LABELS, OPTIMIZER, OTHER, TRAINED_PARTS
 
 
 def describe_profile(found: dict) -> str:
     """Everything that `cocomix.costs.profiler.results` found, for a terminal."""
-    parts = [*_heading(found), "", _modes(found), "", *_competitors(found)]
-    if any(mode["parts"] for mode in found["modes"].values()):
+    parts = [*_heading(found), "", _methods(found), "", *_competitors(found)]
+    if any(method["parts"] for method in found["methods"].values()):
         parts += [
             "Where a step goes: ms, and share of it. The heads take their loss's gradient along in the forward pass.",
             "",
@@ -60,7 +61,7 @@ def _count(number, what):
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
-def _modes(found):
+def _methods(found):
     rows = [
         (
             "",
@@ -77,26 +78,30 @@ def _modes(found):
             "break-even saving",
         )
     ]
-    for mode in found["modes"].values():
-        step, ratio = mode["step_s"], mode["ratio"]
+    for method in found["methods"].values():
+        step, ratio = method["step_s"], method["ratio"]
         cells = ["", "", "", "", ""]
         if ratio is not None:
             cells[:2] = f"{ratio['median']:.2f}", f"{ratio['p10']:.2f}-{ratio['p90']:.2f}"
-        if mode["efficiency"] is not None:
-            cells[2:] = f"{mode['ideal_ratio']:.2f}", f"{mode['efficiency']:.2f}", f"{mode['break_even_saving']:.1%}"
+        if method["efficiency"] is not None:
+            cells[2:] = (
+                f"{method['ideal_ratio']:.2f}",
+                f"{method['efficiency']:.2f}",
+                f"{method['break_even_saving']:.1%}",
+            )
         rows.append(
             (
-                mode["title"],
-                f"{mode['tokens_per_s']:,.0f}",
+                method["title"],
+                f"{method['tokens_per_s']:,.0f}",
                 f"{step['median'] * 1e3:,.1f}",
                 f"{step['p10'] * 1e3:,.1f}-{step['p90'] * 1e3:,.1f}",
-                f"{mode['update_s']['median'] * 1e3:,.1f}",
-                f"{mode['peak_memory_gib']:.2f}",
-                f"{mode['mfu']:.0%}",
+                f"{method['update_s']['median'] * 1e3:,.1f}",
+                f"{method['peak_memory_gib']:.2f}",
+                f"{method['mfu']:.0%}",
                 *cells,
             )
         )
-    return f"{_aligned(rows)}\n\n{pays_off(found['paper_saving'])}"
+    return f"{_table(rows)}\n\n{pays_off(found['paper_saving'])}"
 
 
 def pays_off(paper_saving: float | None) -> str:
@@ -106,21 +111,23 @@ def pays_off(paper_saving: float | None) -> str:
 
 
 def _competitors(found):
-    for mode in found["modes"].values():
-        if mode["of"] is None:
+    for method in found["methods"].values():
+        if method["of"] is None:
             continue
-        ours, slower = found["modes"][mode["of"]], mode["slower"]
-        memory = ours["peak_memory_gib"] / mode["peak_memory_gib"]
-        smaller = "" if mode["windows"] == ours["windows"] else f", with {_count(mode['windows'], 'window')} at a time"
+        ours, slower = found["methods"][method["of"]], method["slower"]
+        memory = ours["peak_memory_gib"] / method["peak_memory_gib"]
+        smaller = (
+            "" if method["windows"] == ours["windows"] else f", with {_count(method['windows'], 'window')} at a time"
+        )
         yield (
             f"{ours['title']}: {slower['median']:.2f} ({slower['p10']:.2f}-{slower['p90']:.2f}) times the "
-            f"tokens/s of {mode['title']}{smaller}; {memory:.2f} times its peak memory"
+            f"tokens/s of {method['title']}{smaller}; {memory:.2f} times its peak memory"
         )
     yield ""
 
 
 def _breakdown(found):
-    modes = {name: mode for name, mode in found["modes"].items() if mode["parts"]}
+    methods = {name: method for name, method in found["methods"].items() if method["parts"]}
     names = [
         LABELS,
         *(name for part in TRAINED_PARTS for name in (part, part + BACKWARD)),
@@ -128,25 +135,23 @@ def _breakdown(found):
         COMMUNICATION,
         OTHER,
     ]
-    rows = [("", *(cell for name, mode in modes.items() for cell in (mode["title"] if name == "alone" else name, "")))]
+    rows = [
+        ("", *(cell for name, method in methods.items() for cell in (method["title"] if name == "alone" else name, "")))
+    ]
     for part in names:
-        if any(mode["parts"][part] for mode in modes.values()):
-            rows.append((part, *(cell for mode in modes.values() for cell in _share(mode, part))))
-    sums = ((f"{mode['parts_s'] * 1e3:,.1f}", f"{mode['parts_over_step']['median']:.1%}") for mode in modes.values())
-    rows.append(("together; of the step above", *(cell for pair in sums for cell in pair)))
-    return _aligned(rows)
-
-
-def _share(mode, part):
-    seconds = mode["parts"][part]
-    return (f"{seconds * 1e3:,.1f}", f"{seconds / mode['parts_s']:.1%}") if seconds else ("", "")
-
-
-def _aligned(rows):
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        ).rstrip()
-        for row in rows
+        if any(method["parts"][part] for method in methods.values()):
+            rows.append((part, *(cell for method in methods.values() for cell in _share(method, part))))
+    sums = (
+        (f"{method['parts_s'] * 1e3:,.1f}", f"{method['parts_over_step']['median']:.1%}") for method in methods.values()
     )
+    rows.append(("together; of the step above", *(cell for pair in sums for cell in pair)))
+    return _table(rows)
+
+
+def _share(method, part):
+    seconds = method["parts"][part]
+    return (f"{seconds * 1e3:,.1f}", f"{seconds / method['parts_s']:.1%}") if seconds else ("", "")
+
+
+def _table(rows):
+    return "\n".join(line.rstrip() for line in aligned(rows))

@@ -1,10 +1,10 @@
 """`cocomix profile`: what continuous concepts cost against next-token prediction, measured on this machine.
 
-Every *mode* trains the same shape on the same tokens with the same settings, by the step and the engine of
+Every *method* trains the same shape on the same tokens with the same settings, by the step and the engine of
 `cocomix train`: "ntp", and the config's method with "cached" and with "online" labels (or soft targets, which a
 distilled student learns from); "alone" where it needs neither. Both kinds of labels share one engine, so two students
-are in memory at a time. Rounds take turns among the modes, so a machine that drifts hits all of them.
-A round times a mode's steps as they are in training and then, apart from that, the same steps with marks that say
+are in memory at a time. Rounds take turns among the methods, so a machine that drifts hits all of them.
+A round times a method's steps as they are in training and then, apart from that, the same steps with marks that say
 where the time goes (`cocomix.costs.step_parts`).
 
 A step has one micro batch (or `--accumulation`) and an optimizer step. In training more micro batches may share an
@@ -24,9 +24,9 @@ The JSON file (`--json`) holds one object:
     student      the student's shape, teacher its teacher's or null; parameters {"ntp", "cocomix"} (of the method)
     product_flops_per_s   {median, p10, p90} of a large square product in the training precision
     paper_saving 0.215: the share of training tokens that the paper reports saved at 1.38B by CoCoMix; null for others
-    modes        by name: "ntp", "cached", "online", "alone", and those of `--against`, each
+    methods      by name: "ntp", "cached", "online", "alone", and those of `--against`, each
         title        for people
-        of           the mode that it competes with, null for ours
+        of           the method that it competes with, null for ours
         windows      windows of one rank in a micro batch
         step_s       {median, p10, p90} over rounds: `accumulation` micro batches and an optimizer step
         update_s     the same of that optimizer step alone
@@ -35,7 +35,7 @@ The JSON file (`--json`) holds one object:
         flops_per_token, mfu  what the method needs, and that over time and the product's rate; of one rank
         ratio        {median, p10, p90} of its time per token over NTP's in the same round; null for "ntp"
         ideal_ratio, efficiency, break_even_saving   null for "ntp" and for a competitor of it
-        slower       {median, p10, p90} of a competitor's time per token over that of the mode it competes with
+        slower       {median, p10, p90} of a competitor's time per token over that of the method it competes with
         parts        seconds of a step by part, in the order of `step_parts.PARTS`, or null; they add up to parts_s
         parts_s      the step with marks, and parts_over_step {median, p10, p90} of it over the step without, by round
 """
@@ -84,7 +84,7 @@ def run(config: Config, options: Options, trace=None, json_file=None) -> None:
 
 
 def fitting_profile(config: Config, options: Options, ranks) -> Profile:
-    """The profile; with `options.fit` at the largest halving of the micro batch at which every mode of ours fits, and
+    """The profile; with `options.fit` at the largest halving of the micro batch at which every method of ours fits, and
     competitors with smaller ones where they need more memory. Raises `CocomixError` where it does not fit."""
     windows = {}
     while True:
@@ -146,53 +146,53 @@ def results(profile: Profile) -> dict:
         },
         "product_flops_per_s": spread(rates),
         "paper_saving": PAPER_SAVING if shape.mixing == "interleave" else None,
-        "modes": {mode.name: _figures(profile, mode) | _breakdown(mode) for mode in profile.modes.values()},
+        "methods": {method.name: _figures(profile, method) | _breakdown(method) for method in profile.methods.values()},
     }
 
 
-def _figures(profile, mode):
-    own = _training_seconds(profile, mode)
-    ratio = None if mode.name == NTP else spread(own / _training_seconds(profile, profile.modes[NTP]))
-    is_mixed = NTP not in (mode.name, mode.of)
+def _figures(profile, method):
+    own = _training_seconds(profile, method)
+    ratio = None if method.name == NTP else spread(own / _training_seconds(profile, profile.methods[NTP]))
+    is_mixed = NTP not in (method.name, method.of)
     median = float(np.median(own))
     return {
-        "title": mode.title,
-        "of": mode.of,
-        "windows": mode.windows,
-        "step_s": spread(mode.seconds),
-        "update_s": spread(mode.update_seconds),
+        "title": method.title,
+        "of": method.of,
+        "windows": method.windows,
+        "step_s": spread(method.seconds),
+        "update_s": spread(method.update_seconds),
         "tokens_per_s": profile.ranks.world / median,
-        "peak_memory_gib": mode.peak_bytes / 2**30,
-        "flops_per_token": mode.flops_per_token,
-        "mfu": mode.flops_per_token / median / float(np.median(profile.rates)),
+        "peak_memory_gib": method.peak_bytes / 2**30,
+        "flops_per_token": method.flops_per_token,
+        "mfu": method.flops_per_token / median / float(np.median(profile.rates)),
         "ratio": ratio,
-        "ideal_ratio": mode.ideal_ratio if is_mixed else None,
-        "efficiency": mode.ideal_ratio / ratio["median"] if is_mixed else None,  # pyright: ignore[reportOptionalSubscript]  there is one where is_mixed
+        "ideal_ratio": method.ideal_ratio if is_mixed else None,
+        "efficiency": method.ideal_ratio / ratio["median"] if is_mixed else None,  # pyright: ignore[reportOptionalSubscript]  there is one where is_mixed
         "break_even_saving": 1 - 1 / ratio["median"] if is_mixed else None,  # pyright: ignore[reportOptionalSubscript]  there is one where is_mixed
-        "slower": None if mode.of is None else spread(own / _training_seconds(profile, profile.modes[mode.of])),
+        "slower": None if method.of is None else spread(own / _training_seconds(profile, profile.methods[method.of])),
     }
 
 
-def _training_seconds(profile, mode):
+def _training_seconds(profile, method):
     """Seconds per token of one rank in training, by round: micro batches as measured, and an optimizer step for as
     many of them as share one there."""
     windows = profile.config.train.micro_batch * profile.training_accumulation
-    step, update = np.array(mode.seconds), np.array(mode.update_seconds)
-    in_training = (step - update) * windows / (mode.windows * profile.options.accumulation) + update
+    step, update = np.array(method.seconds), np.array(method.update_seconds)
+    in_training = (step - update) * windows / (method.windows * profile.options.accumulation) + update
     return in_training / (windows * profile.shape.seq_len)
 
 
-def _breakdown(mode):
+def _breakdown(method):
     """Shares of the step, averaged over rounds, of the median marked step: so the parts still add up to it."""
-    if not mode.parts:
+    if not method.parts:
         return {"parts": None, "parts_s": None, "parts_over_step": None}
-    rounds = np.array([[parts[name] for name in PARTS] for parts in mode.parts])
+    rounds = np.array([[parts[name] for name in PARTS] for parts in method.parts])
     steps = rounds.sum(1)
     parts = (rounds / steps[:, None]).mean(0) * np.median(steps)
     return {
         "parts": dict(zip(PARTS, parts.tolist(), strict=True)),
         "parts_s": float(np.median(steps)),
-        "parts_over_step": spread(steps / np.array(mode.seconds)),
+        "parts_over_step": spread(steps / np.array(method.seconds)),
     }
 
 

@@ -162,7 +162,7 @@ FIGURES = (
     FigureEntry(
         "training_loss_tokens",
         "Training loss over tokens",
-        "Next-token part of the loss, so that all modes compare. Pale: as logged; strong: moving average.",
+        "Next-token part of the loss, so that all methods compare. Pale: as logged; strong: moving average.",
         training_loss_over_tokens,
     ),
     FigureEntry(

@@ -27,21 +27,21 @@ _DIMENSION = re.compile(r"-?\b[A-Za-z]{1,2}\d+\b")  # n65536, d512 in the name o
 
 
 def step_parts(profile: dict[str, Any]):
-    """Figure: a bar a mode, stacked by the parts of a step as shares of it. None where they were not measured."""
+    """Figure: a bar a method, stacked by the parts of a step as shares of it. None where they were not measured."""
     from matplotlib.figure import Figure
 
-    modes = {name: mode["parts"] for name, mode in profile["modes"].items() if mode.get("parts")}
-    if not modes:
+    methods = {name: method["parts"] for name, method in profile["methods"].items() if method.get("parts")}
+    if not methods:
         return None
-    figure = Figure(figsize=(7.2, 1.9 + 0.5 * len(modes)), layout="constrained")
+    figure = Figure(figsize=(7.2, 1.9 + 0.5 * len(methods)), layout="constrained")
     axes = figure.subplots()
-    totals = [sum(parts.values()) for parts in modes.values()]
-    left = [0.0] * len(modes)
-    for name in dict.fromkeys(name for parts in modes.values() for name in parts):
+    totals = [sum(parts.values()) for parts in methods.values()]
+    left = [0.0] * len(methods)
+    for name in dict.fromkeys(name for parts in methods.values() for name in parts):
         color, hatch = _PARTS.get(name.removesuffix(_BACKWARD), ("#ffffff", ""))
-        shares = [100 * parts.get(name, 0.0) / total for parts, total in zip(modes.values(), totals, strict=True)]
+        shares = [100 * parts.get(name, 0.0) / total for parts, total in zip(methods.values(), totals, strict=True)]
         bars = axes.barh(
-            range(len(modes)),
+            range(len(methods)),
             shares,
             left=left,
             color=color,
@@ -58,7 +58,7 @@ def step_parts(profile: dict[str, Any]):
         left = [start + share for start, share in zip(left, shares, strict=True)]
     for y, total in enumerate(totals):
         axes.annotate(f"{1e3 * total:,.0f} ms", (100, y), (6, 0), textcoords="offset points", va="center", fontsize=9)
-    axes.set_yticks(range(len(modes)), [wrapped(profile["modes"][name]["title"]) for name in modes])
+    axes.set_yticks(range(len(methods)), [wrapped(profile["methods"][name]["title"]) for name in methods])
     axes.invert_yaxis()
     axes.grid(visible=False)
     axes.set(xlabel="share of a step (%)", xlim=(0, 112), xticks=range(0, 101, 20))

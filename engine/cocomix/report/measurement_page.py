@@ -32,19 +32,19 @@ def measured_sections(profiles: list[str], bench: str | None, before: str | None
 
 
 def profile_sections(profile: dict[str, Any], number: int, name: str) -> list[Section]:
-    """A table of the modes of a profile and a bar of where their steps go; `name` is its file's."""
-    modes, settings = profile["modes"], profile["settings"]
-    header = ["mode", "tokens/s", "step ms", "peak GiB", "MFU", "ratio", "ideal", "efficiency", "break-even saving"]
+    """A table of the methods of a profile and a bar of where their steps go; `name` is its file's."""
+    methods, settings = profile["methods"], profile["settings"]
+    header = ["method", "tokens/s", "step ms", "peak GiB", "MFU", "ratio", "ideal", "efficiency", "break-even saving"]
     rows = [
         [
-            mode["title"],
-            f"{mode['tokens_per_s']:,.0f}",
-            f"{1e3 * mode['step_s']['median']:,.1f}",
-            f"{mode['peak_memory_gib']:.3g}",
-            f"{mode['mfu']:.0%}",
-            *_ratios(mode),
+            method["title"],
+            f"{method['tokens_per_s']:,.0f}",
+            f"{1e3 * method['step_s']['median']:,.1f}",
+            f"{method['peak_memory_gib']:.3g}",
+            f"{method['mfu']:.0%}",
+            *_ratios(method),
         ]
-        for mode in modes.values()
+        for method in methods.values()
     ]
     device = profile["machine"].get("device", "")
     words = (
@@ -66,11 +66,11 @@ def profile_sections(profile: dict[str, Any], number: int, name: str) -> list[Se
     return [table, *([figure_section(*drawn)] if drawn else [])]
 
 
-def _ratios(mode: dict[str, Any]) -> list[str]:
-    ratio = mode["ratio"] and mode["ratio"]["median"]
-    saving = mode["break_even_saving"]
+def _ratios(method: dict[str, Any]) -> list[str]:
+    ratio = method["ratio"] and method["ratio"]["median"]
+    saving = method["break_even_saving"]
     return [
-        *(fixed([value], 2)[0] for value in (ratio, mode["ideal_ratio"], mode["efficiency"])),
+        *(fixed([value], 2)[0] for value in (ratio, method["ideal_ratio"], method["efficiency"])),
         "–" if saving is None else f"{saving:.1%}",
     ]
 

@@ -85,8 +85,10 @@ def _identity(row):
 def load_profile(path) -> dict[str, Any]:
     """Read what `cocomix profile --json` wrote. Raises `CocomixError` for a file of another kind."""
     content = read_json(path, "the profile")
-    if content.get("kind") != "profile" or not isinstance(content.get("modes"), dict):
+    if "modes" in content:  # what version 0.1 called them
+        content["methods"] = content.pop("modes")
+    if content.get("kind") != "profile" or not isinstance(content.get("methods"), dict):
         raise CocomixError(f"{path} is no profile: expected what `cocomix profile --json FILE` writes")
-    for name, mode in content["modes"].items():
-        mode.setdefault("title", name)  # files of earlier versions have none
+    for name, method in content["methods"].items():
+        method.setdefault("title", name)  # files of earlier versions have none
     return content

@@ -9,6 +9,7 @@ from typing import Any
 
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import atomic_write
+from cocomix.core.tables import text_table
 from cocomix.report.figures import FIGURES, draw_figures
 from cocomix.report.page import Section, figure_section, html_table, text_section
 from cocomix.report.runs import Run, fixed, is_number, load_run, significant, titles
@@ -32,11 +33,8 @@ def comparison_table(runs: list[Run]) -> str:
     `CocomixError` when the perplexities of the runs don't compare.
     """
     comparison = _compare(runs)
-    table = [comparison.header, *comparison.rows]
-    widths = [max(len(row[column]) for row in table) for column in range(len(comparison.header))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([comparison.heading, "", *lines, "", *comparison.notes])
+    table = text_table(comparison.header, comparison.rows)
+    return "\n".join([comparison.heading, "", table, "", *comparison.notes])
 
 
 def _compare(runs: list[Run]) -> _Comparison:
@@ -44,7 +42,7 @@ def _compare(runs: list[Run]) -> _Comparison:
     tokens = _common_tokens(runs)
     at_tokens = [next(e for e in run.evaluations if e["tokens"] == tokens) for run in runs]
     columns = {
-        "mode": titles(runs),
+        "method": titles(runs),
         "perplexity": significant([evaluation["perplexity"] for evaluation in at_tokens], digits=4),
         "tokens/s": significant([run.tokens_per_s for run in runs], digits=3),
         "step time ratio": fixed(_step_time_ratios(runs), decimals=2),
@@ -53,10 +51,10 @@ def _compare(runs: list[Run]) -> _Comparison:
     }
     [unigram] = significant([runs[0].info["data"]["val_unigram_perplexity"]], digits=4)
     notes = [f"For orientation: the unigram perplexity of the validation text is {unigram}."]
-    notes += _saving_notes(runs, columns["mode"])
+    notes += _saving_notes(runs, columns["method"])
     notes += [
         f"{title} has not finished: step {run.last_step:,} of {run.info['total_steps']:,}."
-        for title, run in zip(columns["mode"], runs, strict=True)
+        for title, run in zip(columns["method"], runs, strict=True)
         if not run.summary
     ]
     rows = [list(row) for row in zip(*columns.values(), strict=True)]

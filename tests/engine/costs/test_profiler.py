@@ -90,17 +90,17 @@ def shared(config_file):
 
 
 def measured(profile, rounds=3, names=None) -> dict:
-    """The figures of the modes in new rounds."""
-    modes, profile.rounds = profile.modes, rounds
-    profile.modes = {name: modes[name] for name in names or modes}
+    """The figures of the methods in new rounds."""
+    methods, profile.rounds = profile.methods, rounds
+    profile.methods = {name: methods[name] for name in names or methods}
     profile.rates.clear()
-    for mode in profile.modes.values():
-        mode.seconds.clear(), mode.update_seconds.clear(), mode.parts.clear()
+    for method in profile.methods.values():
+        method.seconds.clear(), method.update_seconds.clear(), method.parts.clear()
     try:
         profile.measure()
-        return profiler.results(profile)["modes"]
+        return profiler.results(profile)["methods"]
     finally:
-        profile.modes = modes
+        profile.methods = methods
 
 
 # Slowdowns put in on purpose
@@ -164,13 +164,13 @@ def pausing_backward(function, clock):
 
 
 def attribute(path):
-    """A function from a profile and a mode to (owner, name) of what `path` names below one of their parts."""
+    """A function from a profile and a method to (owner, name) of what `path` names below one of their parts."""
 
-    def find(profile, mode):
+    def find(profile, method):
         owner = {
-            "model": mode.student.engine.module,
-            "engine": mode.student.engine,
-            "step": mode.train_step,
+            "model": method.student.engine.module,
+            "engine": method.student.engine,
+            "step": method.train_step,
             "tokens": profile.split,
             "teacher": profile.teachers.get(CONCEPT_LABELS),
         }
@@ -212,10 +212,10 @@ def test_a_slowdown_shows_in_its_part_and_in_the_ratio(shared, clock, name, path
     """Every other part takes no time, but for an optimizer step of a second."""
     mixed = CACHED if name == NTP else name
     with pytest.MonkeyPatch.context() as patch:
-        for mode in (shared.modes[NTP], shared.modes[CACHED]):
-            optimizer = mode.student.engine.optimizer
+        for method in (shared.methods[NTP], shared.methods[CACHED]):
+            optimizer = method.student.engine.optimizer
             patch.setattr(optimizer, "step", pausing(optimizer.step, clock))
-        owner, attr = attribute(path)(shared, shared.modes[name])
+        owner, attr = attribute(path)(shared, shared.methods[name])
         patch.setattr(owner, attr, slow(getattr(owner, attr), clock))
         found = measured(shared, rounds=1, names=(NTP, mixed))
     expected = dict.fromkeys(PARTS, 0) | {"optimizer": 1}
@@ -226,22 +226,22 @@ def test_a_slowdown_shows_in_its_part_and_in_the_ratio(shared, clock, name, path
     assert found[name]["update_s"]["median"] == pytest.approx(expected["optimizer"], abs=1e-3)
     # in training 4 micro batches share the optimizer step
     step = expected["optimizer"] + 4 * (1 + times - expected["optimizer"])
-    ratio = 1 if path.startswith("tokens") else 1 / step if name == NTP else step  # all modes read the same tokens
+    ratio = 1 if path.startswith("tokens") else 1 / step if name == NTP else step  # all methods read the same tokens
     assert found[mixed]["ratio"]["median"] == pytest.approx(ratio, rel=1e-3)
 
 
 @pytest.mark.slow
 def test_parts_add_up_to_the_step_and_ratios_are_those_of_a_clock(shared):
     """In real time. Known pauses make up most of every step, so that another clock finds the same in other steps."""
-    lm_head = shared.modes[NTP].student.engine.module.lm_head
-    predictor = shared.modes[CACHED].student.engine.module.transformer.concept_predictor
+    lm_head = shared.methods[NTP].student.engine.module.lm_head
+    predictor = shared.methods[CACHED].student.engine.module.transformer.concept_predictor
     names = (NTP, CACHED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lm_head, "forward", pausing(lm_head.forward, time, 1.0))
         patch.setattr(predictor, "forward", pausing(predictor.forward, time, 1.6))
         found = measured(shared, rounds=1, names=names)
-        apart = {name: clocked(shared.modes[name].step) for name in names}
-    update = {name: shared.modes[name].update_seconds[0] for name in names}
+        apart = {name: clocked(shared.methods[name].step) for name in names}
+    update = {name: shared.methods[name].update_seconds[0] for name in names}
     for name, figures in found.items():
         assert figures["step_s"]["median"] == pytest.approx(apart[name], rel=0.03)
         assert figures["parts_over_step"]["median"] == pytest.approx(1, abs=0.03)
@@ -258,9 +258,9 @@ def clocked(function) -> float:
 
 def test_marks_leave_nothing_behind(shared):
     measured(shared, rounds=1)
-    for mode in shared.modes.values():
-        engine = mode.student.engine
-        assert not {"backward", "step"} & set(vars(engine)) and "add_to" not in vars(mode.train_step.supervision)
+    for method in shared.methods.values():
+        engine = method.student.engine
+        assert not {"backward", "step"} & set(vars(engine)) and "add_to" not in vars(method.train_step.supervision)
         for module in engine.module.transformer.modules():
             assert not module._forward_hooks and not module._forward_pre_hooks
     assert torch.distributed.all_reduce.__module__ == "torch.distributed.distributed_c10d"
@@ -272,7 +272,7 @@ def test_recomputed_blocks_belong_to_the_backward_pass(config_file, clock):
         profiled(config_file, "train.activation_checkpointing=true", labels=(CACHED,)) as profile,
         pytest.MonkeyPatch.context() as patch,
     ):
-        for block in profile.modes[CACHED].student.engine.module.transformer.h:
+        for block in profile.methods[CACHED].student.engine.module.transformer.h:
             patch.setattr(block.mlp, "forward", pausing(block.mlp.forward, clock))
         parts = measured(profile, rounds=1)[CACHED]["parts"]
     expected = {"h blocks": 1, "h blocks, backward": 1, "f blocks": 3, "f blocks, backward": 3}
@@ -288,14 +288,14 @@ OF_PREDICTION = {
 
 
 @pytest.mark.parametrize(
-    ("mixing", "slow", "mode", "expected"),
+    ("mixing", "slow", "method", "expected"),
     [
         ("pause", OF_PAUSES, ALONE, {"mixing": 1, "f blocks": 1}),
         ("predict", OF_PREDICTION, CACHED, {"concept head, backward": 1, "f blocks": 1, "h blocks, backward": 1}),
     ],
 )
 @pytest.mark.parametrize("insert_layer", [1, 0])
-def test_other_methods_have_their_parts(config_file, clock, mixing, slow, mode, expected, insert_layer):
+def test_other_methods_have_their_parts(config_file, clock, mixing, slow, method, expected, insert_layer):
     if insert_layer == 0:
         slow, expected = (
             {key: value for key, value in found.items() if "h.0" != key and "h blocks" not in key}
@@ -306,16 +306,16 @@ def test_other_methods_have_their_parts(config_file, clock, mixing, slow, mode, 
             config_file,
             f"model.insert_layer={insert_layer}",
             f"model.mixing={mixing}",
-            labels=None if mode == ALONE else (mode,),
+            labels=None if method == ALONE else (method,),
         ) as profile,
         pytest.MonkeyPatch.context() as patch,
     ):
-        assert list(profile.modes) == [NTP, mode]
-        transformer = profile.modes[mode].student.engine.module.transformer
+        assert list(profile.methods) == [NTP, method]
+        transformer = profile.methods[method].student.engine.module.transformer
         for path, (_, how) in slow.items():
             module = transformer.get_submodule(path)
             patch.setattr(module, "forward", how(module.forward, clock))
-        found = measured(profile, rounds=1)[mode]
+        found = measured(profile, rounds=1)[method]
     assert found["parts"] == pytest.approx(dict.fromkeys(PARTS, 0) | expected, abs=1e-3)
 
 
@@ -334,7 +334,7 @@ def test_a_student_without_h_blocks_has_all_other_parts(config_file, clock, mixi
         ) as profile,
         pytest.MonkeyPatch.context() as patch,
     ):
-        transformer = profile.modes[CACHED].student.engine.module.transformer
+        transformer = profile.methods[CACHED].student.engine.module.transformer
         for path, (_, how) in slow.items():
             module = transformer.get_submodule(path)
             patch.setattr(module, "forward", how(module.forward, clock))
@@ -349,17 +349,17 @@ def test_a_student_without_h_blocks_has_all_other_parts(config_file, clock, mixi
 
 @pytest.fixture(scope="module")
 def longer(config_file):
-    """A profile whose windows are long enough for ends not to matter; every mode takes the same steps."""
+    """A profile whose windows are long enough for ends not to matter; every method takes the same steps."""
     with profiled(config_file, "data.seq_len=128") as profile:
         yield profile
 
 
 def test_flops_are_those_that_pytorchs_counter_sees_in_a_step(longer):
-    ntp = longer.modes[NTP].flops_per_token
-    for name, mode in longer.modes.items():
-        counted, seen = count_flops(mode.step)
-        assert mode.flops_per_token * mode.windows * 128 == pytest.approx(counted, rel=0.03), name
-        assert mode.ideal_ratio == mode.flops_per_token / ntp
+    ntp = longer.methods[NTP].flops_per_token
+    for name, method in longer.methods.items():
+        counted, seen = count_flops(method.step)
+        assert method.flops_per_token * method.windows * 128 == pytest.approx(counted, rel=0.03), name
+        assert method.ideal_ratio == method.flops_per_token / ntp
         assert ("cocomix.topk_linear" in seen) == (name == ONLINE)
         assert ("cocomix.concept_head_backward" in seen) == (name != NTP)
 
@@ -381,16 +381,16 @@ def test_other_methods_flops_are_those_that_pytorchs_counter_sees_in_a_step(conf
     with profiled(config_file, "data.seq_len=128", *overrides) as profile:
         has_cache = "distillation.top_k=null" not in overrides
         kinds = [ALONE] if "model.mixing=pause" in overrides else [CACHED, ONLINE] if has_cache else [ONLINE]
-        assert list(profile.modes) == [NTP, *kinds]
-        for name, mode in profile.modes.items():
-            counted, _ = count_flops(mode.step)
-            assert mode.flops_per_token * mode.windows * 128 == pytest.approx(counted, rel=0.03), name
+        assert list(profile.methods) == [NTP, *kinds]
+        for name, method in profile.methods.items():
+            counted, _ = count_flops(method.step)
+            assert method.flops_per_token * method.windows * 128 == pytest.approx(counted, rel=0.03), name
 
 
 def test_methods_have_titles_and_what_they_cannot_have_is_refused(config_file):
     distilled = ["model.mixing=none", "distillation.weight=0.5"]
     with profiled(config_file, *distilled, "data.seq_len=16") as profile:
-        titles = [mode.title for mode in profile.modes.values()]
+        titles = [method.title for method in profile.methods.values()]
         assert titles == [
             "NTP",
             "NTP with distillation, cached top-32 soft targets",
@@ -447,11 +447,11 @@ def test_memory_counts_what_stays_and_what_is_held_at_once():
 
 def test_peak_memory_holds_weights_gradients_and_adams_state(shared):
     """Beside DeepSpeed's bucket."""
-    peaks = {name: mode.peak_bytes for name, mode in shared.modes.items()}
+    peaks = {name: method.peak_bytes for name, method in shared.methods.items()}
     frozen = shared.teachers[CONCEPT_LABELS]
     teacher = 4 * sum(p.numel() for module in (frozen.model, frozen.sae) for p in module.parameters())
     for name in (NTP, CACHED):
-        student = shared.modes[name].student
+        student = shared.methods[name].student
         weights = 4 * sum(p.numel() for p in student.engine.module.parameters())
         # the weights and DeepSpeed's copy of them, and Adam's two moments; gradients only during the step
         assert student.kept_bytes == pytest.approx(4 * weights, rel=0.01)
@@ -476,7 +476,7 @@ def test_random_labels_are_such_as_a_cache_holds():
 
 
 def test_all_modes_read_the_same_random_tokens(longer):
-    batches = [next(mode.batches) for mode in longer.modes.values()]
+    batches = [next(method.batches) for method in longer.methods.values()]
     assert all(batch["input_ids"].equal(batches[0]["input_ids"]) for batch in batches)
     assert [set(batch) for batch in batches] == [{"input_ids"}, {"input_ids", "concept_labels"}, {"input_ids"}]
     assert batches[0]["input_ids"].max() < VOCABULARY and batches[0]["input_ids"].unique().numel() > 50
@@ -541,10 +541,10 @@ def test_a_random_teacher_has_the_shape_of_gpt2(config_file, capsys):
 # Figures
 
 
-def fake_profile(**modes):
-    """A profile with modes of known times: (seconds of steps, of updates, windows)."""
+def fake_profile(**methods):
+    """A profile with methods of known times: (seconds of steps, of updates, windows)."""
     made = {}
-    for name, (seconds, updates, windows, of) in modes.items():
+    for name, (seconds, updates, windows, of) in methods.items():
         made[name] = SimpleNamespace(
             name=name,
             title=name,
@@ -559,7 +559,7 @@ def fake_profile(**modes):
         )
     config = SimpleNamespace(train=SimpleNamespace(micro_batch=4))
     return SimpleNamespace(
-        modes=made,
+        methods=made,
         config=config,
         training_accumulation=5,
         options=Options(accumulation=2),
@@ -575,7 +575,7 @@ def test_figures_are_for_a_training_step_of_the_measured_times():
         cached=([2.3, 2.1, 9.0], [0.3, 0.1, 0.1], 4, None),
         public=([3.0] * 3, [0.0] * 3, 1, "cached"),
     )
-    ntp, cached, public = (profiler._figures(profile, mode) for mode in profile.modes.values())
+    ntp, cached, public = (profiler._figures(profile, method) for method in profile.methods.values())
     # 5 micro batches of 4 windows of 10 tokens and an update; measured were 2 of them and one
     assert ntp["tokens_per_s"] == pytest.approx(2 * 200 / (0.5 * 5 + 0.2))
     assert cached["ratio"]["median"] == pytest.approx((1.0 * 5 + 0.3) / (0.5 * 5 + 0.2))
@@ -620,8 +620,8 @@ def test_the_table_and_the_file_hold_the_same_figures(config_file, tmp_path, cap
         == 0
     )
     found, text = json.loads(out.read_text()), capsys.readouterr().out
-    assert list(found["modes"]) == ["ntp", "cached"] and list(found["modes"]["cached"]["parts"]) == list(PARTS)
-    cached = found["modes"]["cached"]
+    assert list(found["methods"]) == ["ntp", "cached"] and list(found["methods"]["cached"]["parts"]) == list(PARTS)
+    cached = found["methods"]["cached"]
     row = next(line for line in text.splitlines() if line.startswith("CoCoMix, cached labels"))
     for figure in (
         f"{cached['tokens_per_s']:,.0f}",
@@ -662,7 +662,7 @@ def test_bad_input_is_one_line(config_file, capsys, arguments, message):
 
 
 def out_of_memory_above(limits):
-    """In place of `Profile`: a mode does not fit with more windows than its limit."""
+    """In place of `Profile`: a method does not fit with more windows than its limit."""
 
     def build(config, options, ranks, windows):
         for name, most in limits.items():
@@ -732,9 +732,9 @@ def test_two_ranks_communicate(config_file, tmp_path, overrides):
     found = json.loads(out.read_text())
     assert found["settings"]["ranks"] == 2 and found["settings"]["training_accumulation"] == 2
     assert done.stdout.count("efficiency") == 1  # one rank talks
-    for mode in found["modes"].values():
-        assert mode["parts"]["communication"] > 0.02 * mode["parts_s"]
-        assert min(mode["parts"][part] for part in ("h blocks", "f blocks, backward", "optimizer")) > 0
+    for method in found["methods"].values():
+        assert method["parts"]["communication"] > 0.02 * method["parts_s"]
+        assert min(method["parts"][part] for part in ("h blocks", "f blocks, backward", "optimizer")) > 0
 
 
 @pytest.mark.slow

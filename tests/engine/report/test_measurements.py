@@ -1,6 +1,7 @@
 """Profiles and benchmarks in the report: what is read, drawn, compared and refused."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from cocomix.core.errors import CocomixError
 from cocomix.report import measurement_figures
 from cocomix.report.measurement_page import benchmark_sections, measured_sections, profile_sections
 from cocomix.report.measurements import compare, load_benchmarks, load_profile
+
+RESULTS = Path(__file__).parents[3] / "benchmarks/results"
 
 
 def spread(median, width=0.1):
@@ -43,8 +46,8 @@ def bench_file(path, rows, device="a chip"):
 PARTS = {"teacher and labels": 0.0, "h blocks": 0.02, "h blocks, backward": 0.04, "optimizer": 0.04}
 
 
-def profile_file(path, **modes):
-    def mode(title, step, ratio=None, parts=PARTS):
+def profile_file(path, **methods):
+    def method(title, step, ratio=None, parts=PARTS):
         return {
             "title": title,
             "tokens_per_s": 100 / step,
@@ -72,7 +75,7 @@ def profile_file(path, **modes):
                     "seq_len": 16,
                     "rounds": 3,
                 },
-                "modes": {"ntp": mode("NTP", 0.1), "cached": mode("CoCoMix, cached labels", 0.16, 1.6)} | modes,
+                "methods": {"ntp": method("NTP", 0.1), "cached": method("CoCoMix, cached labels", 0.16, 1.6)} | methods,
             }
         )
     )
@@ -133,8 +136,8 @@ def test_parts_are_stacked_to_the_whole_step(tmp_path):
 
 def test_a_profile_without_parts_has_a_table_alone(tmp_path):
     profile = load_profile(profile_file(tmp_path / "p.json"))
-    for mode in profile["modes"].values():
-        mode["parts"] = None
+    for method in profile["methods"].values():
+        method["parts"] = None
     [section] = profile_sections(profile, 1, "p.json")
     assert "What a step costs" in section.html and not section.figures
 
@@ -262,3 +265,11 @@ def test_other_files_are_refused(tmp_path, capsys, arguments, message):
     assert main(["report", "--out", str(tmp_path / "out"), *(str(files.get(a, a)) for a in arguments)]) == 2
     assert message in capsys.readouterr().err
     assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("profile-*.json")), ids=lambda file: file.stem)
+def test_profiles_of_version_0_1_are_read(file):
+    assert "modes" in json.loads(file.read_text())
+    methods = load_profile(file)["methods"]
+    assert "ntp" in methods and all(method["title"] and method["step_s"]["median"] > 0 for method in methods.values())
+    assert measured_sections([str(file)], None, None)[0]
