@@ -25,8 +25,8 @@ EXTRAS = {
         "setuptools",
         "psutil",  # the network interface between machines; DeepSpeed needs it too
     ],
-    "report": ["matplotlib>=3.9"],  # `cocomix report`
-    "concepts": ["jinja2>=3.1"],  # the page of `cocomix concepts`; torch brings it along anyway
+    "report": ["matplotlib>=3.9", "jinja2>=3.1"],  # `cocomix report`; torch brings jinja2 along anyway
+    "concepts": ["jinja2>=3.1"],  # the page of `cocomix concepts`
     "data": ["datasets>=4.0", "pyarrow>=15"],  # `hf:NAME` sources and Parquet files of `cocomix data`
     # `cocomix eval --tasks`; the harness's adapter for transformers models imports accelerate
     "eval": ["lm-eval>=0.4.13,<0.5", "accelerate>=1.1"],
@@ -69,6 +69,7 @@ setup(
     package_data={
         "cocomix.costs": ["cluster_files/*.yaml"],
         "cocomix.inference": ["templates/*.j2"],
+        "cocomix.report": ["templates/*.j2"],
         "cocomix": ["py.typed"],
         "cocomix_kernels": ["py.typed"],
     },

@@ -1,6 +1,5 @@
 """What was measured, for the report: profiles and benchmarks as tables and figures."""
 
-import html
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from cocomix.costs.profile_text import pays_off
 from cocomix.report import measurement_figures
 from cocomix.report.figures import FigureEntry, draw
 from cocomix.report.measurements import Benchmarks, Change, compare, load_benchmarks, load_profile
-from cocomix.report.page import Section, figure_section, html_table, text_section
+from cocomix.report.page import Section, figure_section, html_table, note, text_section
 from cocomix.report.runs import fixed
 
 
@@ -52,8 +51,7 @@ def profile_sections(profile: dict[str, Any], number: int, name: str) -> list[Se
         f"of {settings['micro_batch']} x {settings['seq_len']:,} tokens, {settings['rounds']} rounds; commit "
         f"{profile['machine'].get('commit')}. {pays_off(profile['paper_saving'])}"
     )
-    body = f'{html_table(header, rows)}\n<p class="quiet">{html.escape(words)}</p>'
-    table = text_section(f"What a step costs: {name}", body)
+    table = text_section(f"What a step costs: {name}", html_table(header, rows), note(words))
     drawn = draw(
         FigureEntry(
             f"step_parts_{number}",
@@ -78,7 +76,7 @@ def _ratios(method: dict[str, Any]) -> list[str]:
 def benchmark_sections(new: Benchmarks, old: Benchmarks | None = None) -> list[Section]:
     """Each operation against its floor, sweeps where there are any, and the comparison with an older run."""
     machine = ", ".join(f"{key} {value}" for key, value in new.machine.items() if value is not None)
-    sections = [text_section("Benchmarks", f'<p class="quiet">{html.escape(machine)}</p>')]
+    sections = [text_section("Benchmarks", note(machine))]
     for operation in dict.fromkeys(row["operation"] for row in new.rows):
         rows = [row for row in new.rows if row["operation"] == operation]
         entry = FigureEntry(f"bench_{operation}", operation, _floor_of(rows), measurement_figures.against_floor)

@@ -1,17 +1,17 @@
 """Comparing training runs: a plain-text table for the terminal and one self-contained HTML page."""
 
-import html
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from string import Template
 from typing import Any
+
+from markupsafe import Markup
 
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import atomic_write
 from cocomix.core.tables import text_table
 from cocomix.report.figures import FIGURES, draw_figures
-from cocomix.report.page import Section, figure_section, html_table, text_section
+from cocomix.report.page import Section, figure_section, folded, html_table, note, page, text_section
 from cocomix.report.runs import Run, fixed, is_number, load_run, significant, titles
 from cocomix.report.token_saving import saving
 
@@ -152,60 +152,6 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
-_PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
-  color: #1b1b1b; background: #fff; max-width: 52rem; margin: 2.5rem auto; padding: 0 1.25rem; }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .4rem; }
-h2 { font-size: 1.2rem; line-height: 1.3; margin: 2.4rem 0 .6rem; }
-p { margin: .4rem 0; }
-.quiet, figcaption { color: #555; font-size: .9rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .7rem; text-align: right; vertical-align: top; }
-th { font-weight: 600; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-th:last-child, td:last-child { padding-right: 0; }
-thead th { border-bottom: 1.5px solid #1b1b1b; vertical-align: bottom; }
-tbody th { font-weight: 400; }
-tbody tr { border-bottom: 1px solid #e3e3e3; }
-.numbers th:first-child { min-width: 14rem; }
-.facts td { overflow-wrap: anywhere; }
-.facts th:first-child { white-space: nowrap; }
-figure { margin: 0; }
-figure svg { display: block; width: 100%; height: auto; }
-figure svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif
-  !important; }
-details { border-bottom: 1px solid #e3e3e3; padding: .4rem 0; }
-summary { cursor: pointer; }
-pre { font: .82rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace;
-  white-space: pre-wrap; overflow-wrap: anywhere; margin: .5rem 0 .5rem 1rem; }
-@media print {
-  body { font-size: 10.5pt; max-width: none; margin: 0; padding: 0; }
-  h2 { break-after: avoid; }
-  section.figure, tr { break-inside: avoid; }
-  .wide { overflow: visible; }
-  details::details-content { content-visibility: visible; display: block; }
-}
-</style>
-</head>
-<body>
-<header>
-<h1>$title</h1>
-<p class="quiet">$subtitle</p>
-</header>
-$sections
-</body>
-</html>
-""")
-
-
 def write_report(runs: list[Run], out_folder, measured: list[Section] = ()) -> Path:
     """Write `report.html`, which needs nothing beside it, and its figures as PNG files; returns the page's path.
 
@@ -213,31 +159,28 @@ def write_report(runs: list[Run], out_folder, measured: list[Section] = ()) -> P
     last. Raises `CocomixError` when the runs don't compare and when the folder cannot be written.
     """
     sections = [*(_sections_of(runs) if runs else []), *measured]
-    page = _PAGE.substitute(
-        title="Measurements"
-        if not runs
-        else "Report of a training run"
-        if len(runs) == 1
-        else f"Comparison of {len(runs)} training runs",
-        subtitle=html.escape(_subtitle(runs[0]) if runs else ""),
-        sections="\n".join(section.html for section in sections),
-    )
-    return _write_files(Path(out_folder), page, {name: png for section in sections for name, png in section.figures})
+    content = page(_title(runs), _subtitle(runs[0]) if runs else "", sections)
+    return _write_files(Path(out_folder), content, {name: png for section in sections for name, png in section.figures})
+
+
+def _title(runs: list[Run]) -> str:
+    if not runs:
+        return "Measurements"
+    return "Report of a training run" if len(runs) == 1 else f"Comparison of {len(runs)} training runs"
 
 
 def _sections_of(runs: list[Run]) -> list[Section]:
     comparison = _compare(runs)
     table = html_table(comparison.header, comparison.rows)
-    notes = "\n".join(f'<p class="quiet">{html.escape(note)}</p>' for note in comparison.notes)
     return [
-        text_section(comparison.heading, f"{table}\n{notes}"),
+        text_section(comparison.heading, table, *map(note, comparison.notes)),
         *(figure_section(*drawn) for drawn in draw_figures(runs)),
         text_section("Runs", html_table(["", *titles(runs)], _facts(runs), "facts")),
-        text_section("Settings", _html_settings(runs)),
+        text_section("Settings", *_settings(runs)),
     ]
 
 
-def _write_files(folder: Path, page: str, figures: dict[str, bytes]) -> Path:
+def _write_files(folder: Path, content: str, figures: dict[str, bytes]) -> Path:
     try:
         for name in {entry.name for entry in FIGURES} - figures.keys():
             (folder / f"{name}.png").unlink(missing_ok=True)  # an earlier report's, of other runs
@@ -245,7 +188,7 @@ def _write_files(folder: Path, page: str, figures: dict[str, bytes]) -> Path:
             with atomic_write(folder / f"{name}.png") as file:
                 file.write(png)
         with atomic_write(folder / "report.html") as file:
-            file.write(page.encode("utf-8", errors="replace"))
+            file.write(content.encode("utf-8", errors="replace"))
     except OSError as error:
         raise CocomixError(f"the report cannot be written: {error}; choose another folder with --out") from None
     return folder / "report.html"
@@ -304,7 +247,7 @@ def _step_times(run: Run) -> tuple[str, str]:
     return median, f"{low} – {high}" if known else "–"
 
 
-def _html_settings(runs: list[Run]) -> str:
+def _settings(runs: list[Run]) -> list[Markup]:
     """What differs between the runs as a table, then every run's settings in full, folded."""
     names, settings = titles(runs), [_flattened(run.info["config"]) for run in runs]
     keys = list(dict.fromkeys(key for flat in settings for key in flat))
@@ -315,12 +258,10 @@ def _html_settings(runs: list[Run]) -> str:
     ]
     parts = [html_table(["setting", *names], differing, "facts")] if differing else []
     parts += [
-        f"<details>\n<summary>All settings of {html.escape(title)}</summary>\n<pre>"
-        + html.escape("\n".join(f"{key}={value}" for key, value in flat.items()))
-        + "</pre>\n</details>"
+        folded(f"All settings of {title}", "\n".join(f"{key}={value}" for key, value in flat.items()))
         for title, flat in zip(names, settings, strict=True)
     ]
-    return "\n".join(parts)
+    return parts
 
 
 def _flattened(config: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -627,3 +627,18 @@ def test_agreement_and_counts_of_concepts_are_shown(tmp_path, pair):
     ):
         assert name in text and value in text[text.index(name) :][:200]
     assert "Different concepts" not in Page(write_report(pair[:1], tmp_path / "ntp")).text
+
+
+def test_names_and_settings_of_a_run_cannot_bring_markup_into_the_page(tmp_path):
+    hostile = "<script>alert('x')</script>"
+    folders = [
+        write_run(tmp_path / name, mode, steps=100, name=f"{hostile} & {name}")
+        for name, mode in (("first", "none"), ("second", "interleave"))
+    ]
+    for folder in folders:
+        record = json.loads((folder / "run.json").read_text())
+        record["config"]["data"] = {"folder": hostile}
+        (folder / "run.json").write_text(json.dumps(record))
+    content = write_report(list(map(load_run, folders)), tmp_path / "report").read_text()
+    assert hostile not in content and "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; first" in content
+    assert "data.folder=&lt;script&gt;" in content
