@@ -151,8 +151,12 @@ def test_memory_under_deepspeed_is_what_a_step_holds():
         for mixing in ("predict", "pause")
     ]
     off = _off_by_a_tenth(cases, bucket)
-    # Garbage that Python has not collected yet now and then adds to a peak: measure again what was off.
-    assert not off or not _off_by_a_tenth([case for case, _ in off], bucket), off
+    # Garbage that Python has not collected yet adds to a peak now and then, and on busy cores a peak can come out lower,
+    # because communication ends at another moment: what was off is measured again, up to four times.
+    for _ in range(4):
+        if off:
+            off = _off_by_a_tenth([case for case, _ in off], bucket)
+    assert not off, off
 
 
 def _off_by_a_tenth(cases, bucket):
