@@ -151,7 +151,7 @@ def test_memory_under_deepspeed_is_what_a_step_holds():
         for mixing in ("predict", "pause")
     ]
     off = _off_by_a_tenth(cases, bucket)
-    # Garbage that Python has not collected yet adds to a peak now and then, and on busy cores a peak can come out lower,
+    # Garbage that Python has not collected yet adds to a peak now and then, and on busy cores a peak can be lower,
     # because communication ends at another moment: what was off is measured again, up to four times.
     for _ in range(4):
         if off:
