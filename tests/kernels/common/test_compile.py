@@ -7,10 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compile_helpers
 import pytest
 from compile_helpers import MODULES, SHARED_LIMIT, table
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +17,7 @@ def rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compiled")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    command = [sys.executable, str(HERE / "compile_helpers.py"), "--json", str(folder / "rows.json")]
+    command = [sys.executable, compile_helpers.__file__, "--json", str(folder / "rows.json")]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return json.loads((folder / "rows.json").read_text())
