@@ -11,6 +11,7 @@ CORE = [
     "tokenizers>=0.23.1",  # trains and runs byte-level BPE on all cores
     "safetensors>=0.8",  # SAE files that cannot execute code
     "numpy>=1.26",
+    "msgspec>=0.19",  # checks what JSON files hold against dataclasses; small, and imported in 20 ms
     "omegaconf>=2.3",  # YAML over dataclasses, overrides, interpolation
     "tqdm>=4.66",
     "wrapt>=1.16",  # registers the model when transformers is imported, so that importing cocomix stays fast

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from cocomix.costs.profile_results import ProfileResults
 from cocomix.costs.profile_text import describe_profile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,9 +65,9 @@ def command(size: str, file: Path, memory: float | None) -> list[str]:
     ]
 
 
-def targets(size: str, found: dict) -> list[tuple[str, float, bool]]:
+def targets(size: str, found: ProfileResults) -> list[tuple[str, float, bool]]:
     """(what should hold, the value, whether it does) for one size's profile."""
-    methods = found["methods"]
+    methods = found.methods
     judged = []
 
     def judge(what, value, at_least=None, at_most=None):
@@ -74,17 +75,17 @@ def targets(size: str, found: dict) -> list[tuple[str, float, bool]]:
         judged.append((f"{what} {sign} {bound:g}", value, value >= bound if at_most is None else value <= bound))
 
     if "cached" in methods:
-        judge("efficiency with cached labels", methods["cached"]["efficiency"], EFFICIENCY)
+        judge("efficiency with cached labels", methods["cached"].efficiency, EFFICIENCY)
     for name, method in methods.items():
-        if method["of"] is None:
+        if method.of is None:
             continue
         least = OVER_TRANSFORMERS if name == "transformers" else SPEEDUP.get((size, name))
         if least is not None:
-            judge(f"tokens/s over {name}", method["slower"]["median"], least)
-        if name != "transformers" and method["windows"] == methods[method["of"]]["windows"]:
+            judge(f"tokens/s over {name}", method.slower.median, least)
+        if name != "transformers" and method.windows == methods[method.of].windows:
             judge(
                 f"peak memory of {name}",
-                methods[method["of"]]["peak_memory_gib"] / method["peak_memory_gib"],
+                methods[method.of].peak_memory_gib / method.peak_memory_gib,
                 at_most=MEMORY,
             )
     return judged
@@ -93,7 +94,8 @@ def targets(size: str, found: dict) -> list[tuple[str, float, bool]]:
 def text(profiles: dict[str, dict], on_gpu: bool) -> str:
     """Every size's tables, and on a GPU whether its targets are met."""
     lines = []
-    for size, found in profiles.items():
+    for size, content in profiles.items():
+        found = ProfileResults.from_json(content, f"the profile at {size}")
         lines += [f"\n{size}", describe_profile(found)]
         if on_gpu:
             judged = targets(size, found)

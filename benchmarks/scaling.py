@@ -27,11 +27,12 @@ import torch
 
 from cocomix.core.config import Config, load_config
 from cocomix.core.errors import CocomixError
-from cocomix.core.files import atomic_write, read_json, write_json
+from cocomix.core.files import atomic_write, write_json
 from cocomix.core.machine import describe, synchronize
 from cocomix.costs.cluster import Cluster
 from cocomix.costs.planner import configured, make_job, predict
 from cocomix.costs.profile_inputs import baseline
+from cocomix.costs.profile_results import ProfileResults
 from cocomix.report.figures import LINES, FigureEntry, draw
 
 DIMENSIONS = {  # by option: setting, axis
@@ -104,7 +105,7 @@ def scale(config: Config, options) -> dict:
     if first is None:
         raise CocomixError("not even the smallest value fits into memory: there is nothing to continue")
     cluster = cluster_of(first, device)
-    vocabulary = first["student"]["vocab_size"]
+    vocabulary = first.student.vocab_size
     dimensions = {}
     for name, points in measured.items():
         last = max(points)
@@ -148,8 +149,8 @@ def measure(name: str, options, config: Config, device) -> dict[int, tuple[dict 
     return found
 
 
-def run_profile(name: str, value: int, options, config: Config) -> dict | None:
-    """The JSON of one `cocomix profile`, None where memory does not suffice."""
+def run_profile(name: str, value: int, options, config: Config) -> ProfileResults | None:
+    """What is found by one `cocomix profile`, None where memory does not suffice."""
     setting, ranks = DIMENSIONS[name][0], ranks_at(name, value)
     batch = value if name == "batch" else config.train.micro_batch
     overrides = [
@@ -183,7 +184,7 @@ def run_profile(name: str, value: int, options, config: Config) -> dict | None:
             text=True,
         )
         if done.returncode == 0:
-            return read_json(file, "the profile")
+            return ProfileResults.read(file)
     if NO_MEMORY in done.stderr or done.returncode == -9:  # the system ends what takes the host's memory
         return None
     raise CocomixError(f"cocomix profile failed at {name} {value}: {(done.stderr.strip() or 'no output')[-2000:]}")
@@ -194,12 +195,14 @@ def whole_batch(config: Config, micro_batch: int, ranks: int) -> int:
     return -(-config.train.global_batch // (micro_batch * ranks)) * micro_batch * ranks
 
 
-def figures(profile: dict) -> dict:
-    """What is drawn of a profile."""
+def figures(profile: ProfileResults) -> dict:
+    """What is drawn of a profile, as JSON."""
+    found = {name: profile.methods[name] for name in METHODS}
     methods = {
-        name: {key: profile["methods"][name][key] for key in ("tokens_per_s", "peak_memory_gib")} for name in METHODS
+        name: {"tokens_per_s": method.tokens_per_s, "peak_memory_gib": method.peak_memory_gib}
+        for name, method in found.items()
     }
-    return {**methods, "ratio": profile["methods"]["cached"]["ratio"]}
+    return {**methods, "ratio": dataclasses.asdict(found["cached"].ratio)}
 
 
 # ---- predicted
@@ -225,9 +228,9 @@ def at(config: Config, name: str, value: int) -> Config:
     )
 
 
-def cluster_of(profile: dict, device) -> Cluster:
+def cluster_of(profile: ProfileResults, device) -> Cluster:
     """This machine as a cluster of `cocomix plan`."""
-    rate = profile["product_flops_per_s"]["median"] / 1e12
+    rate = profile.product_flops_per_s.median / 1e12
     memory = (
         torch.cuda.get_device_properties(device).total_memory
         if device.type == "cuda"

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from profile_helpers import profile_results
 
 from cocomix.core.config import load_config
 from cocomix.core.errors import CocomixError
@@ -36,15 +37,7 @@ def config_file(tmp_path):
 
 
 def profile(tokens_per_s=100.0):
-    methods = {
-        name: {
-            "tokens_per_s": tokens_per_s / slower,
-            "peak_memory_gib": 0.5 * slower,
-            "ratio": {"median": slower, "p10": slower, "p90": slower},
-        }
-        for name, slower in (("ntp", 1.0), ("cached", 1.6))
-    }
-    return {"methods": methods, "product_flops_per_s": {"median": 2e11}, "student": {"vocab_size": 512}}
+    return profile_results(tokens_per_s, product_flops_per_s=2e11)
 
 
 def finished(returncode=0, stderr="", written=None):
@@ -52,7 +45,7 @@ def finished(returncode=0, stderr="", written=None):
 
     def run(command, **_):
         if written is not None:
-            Path(command[command.index("--json") + 1]).write_text(json.dumps(written))
+            Path(command[command.index("--json") + 1]).write_text(json.dumps(written.as_json()))
         finished.command = command
         return SimpleNamespace(returncode=returncode, stderr=stderr)
 

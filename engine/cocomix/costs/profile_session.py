@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from cocomix.core.config import Config
 from cocomix.core.errors import CocomixError
@@ -33,13 +34,24 @@ _TRACED_STEPS = 2
 DEFAULT_ROUNDS, DEFAULT_STEPS = {"cpu": 5, "cuda": 10}, {"cpu": 1, "cuda": 5}
 
 
+class Peers(Protocol):
+    """The competitors, which benchmarks/peers.py implements: each of the first two makes a context in which a model of
+    ours computes as the competitor does."""
+
+    def public_student(self, model: nn.Module) -> Callable: ...
+
+    def transformers_gpt2(self, model: nn.Module, compiled: bool) -> Callable: ...
+
+    def PublicTeacher(self, teacher: Any) -> Any: ...
+
+
 @dataclass(frozen=True)
 class Options:
     """What is measured, beside the config."""
 
     labels: tuple[str, ...] | None = None  # of CACHED and ONLINE; None: both where there is a teacher
     against: tuple[str, ...] = ()  # of PUBLIC and TRANSFORMERS, which `peers` knows
-    peers: Any = None  # who has `public_student`, `PublicTeacher` and `transformers_gpt2`: benchmarks/peers.py
+    peers: "Peers | None" = None  # those that `against` names
     rounds: int | None = None  # None: by device
     steps: int | None = None  # of a method in a round; None: by device
     accumulation: int = 1  # micro batches in a step
@@ -103,7 +115,6 @@ class Profile:
         self.split, self.vocab_size = open_tokens(config, options.vocab_size)
         self.shape = student_shape(self.config, self.vocab_size)
         self.kinds = self._kinds()
-        self.peers = options.peers
         _check_against(options, config)
         self.teachers, self.teacher_bytes, self.methods = {}, 0, {}
         self._product = ProductRate(ranks.device, _DTYPES[config.train.precision])  # now: later nothing may be free
@@ -152,27 +163,29 @@ class Profile:
         mixed = self._student(self.kinds[0], self.config)
         for kind in self.kinds:
             self._add(kind, self._title(kind), mixed, kind)
+        if self.options.peers is not None:
+            self._add_competitors(self.options.peers, ntp, mixed)
+        for method in self.methods.values():
+            self._first_steps(method)
+
+    def _add_competitors(self, peers, ntp, mixed):
         if TRANSFORMERS in self.options.against:
-            way = self.peers.transformers_gpt2(ntp.engine.module, self.config.train.compile)
+            way = peers.transformers_gpt2(ntp.engine.module, self.config.train.compile)
             self._add(TRANSFORMERS, "transformers GPT-2", ntp, NTP, of=NTP, way=way, has_parts=False)
         if PUBLIC in self.options.against:
             for kind in self.kinds:
-                teachers = (
-                    {CONCEPT_LABELS: self.peers.PublicTeacher(self.teachers[CONCEPT_LABELS])}
-                    if kind == ONLINE
-                    else None
-                )
+                teachers = None
+                if kind == ONLINE:
+                    teachers = {CONCEPT_LABELS: peers.PublicTeacher(self.teachers[CONCEPT_LABELS])}
                 self._add(
                     f"{PUBLIC} {kind}",
                     f"public way, {kind} labels",
                     mixed,
                     kind,
                     of=kind,
-                    way=self.peers.public_student(mixed.engine.module),
+                    way=peers.public_student(mixed.engine.module),
                     teachers=teachers,
                 )
-        for method in self.methods.values():
-            self._first_steps(method)
 
     def _title(self, kind):
         sources = " and ".join(kind.title(self.config) for kind in wanted_kinds(self.config))
@@ -285,7 +298,7 @@ class Profile:
         return {part: seconds / self.steps for part, seconds in timeline.seconds().items()}
 
     def trace(self, folder) -> list[Path]:
-        """Write a trace of two steps of each method, `FOLDER/MODE.json.gz`, for Perfetto or chrome://tracing; returns
+        """Write a trace of two steps of each method, `FOLDER/METHOD.json.gz`, for Perfetto or chrome://tracing; returns
         the files. Parts are ranges in it, by name."""
         from cocomix.costs.profile_trace import traced
 
@@ -304,7 +317,7 @@ class Profile:
 
 
 class OutOfMemory(Exception):
-    """Method `name` does not fit into the device's memory; `is_ours`: it is no competitor."""
+    """Method `name` does not fit into the device's memory; `is_ours`: it is not a competitor."""
 
     def __init__(self, name: str):
         super().__init__(f"{name} does not fit")
@@ -319,7 +332,7 @@ def _endless(config, options, world):
 
 
 def _check_against(options, config):
-    """Raise `CocomixError` where a competitor cannot do what the config asks for."""
+    """Raise `CocomixError` where a competitor cannot do what the config asks for, or is not there."""
     has_public_form = mixes_concepts(config.model.mixing) and learns_from(config) == (CONCEPT_LABELS,)
     if PUBLIC in options.against and not (has_public_form and config.teacher.labels_by == "attribution"):
         raise CocomixError(
@@ -330,4 +343,8 @@ def _check_against(options, config):
         raise CocomixError(
             "--against transformers needs train.zero_stage 0, 1 or 2: stage 3 splits the weights under "
             "the modules of our own model"
+        )
+    if options.against and options.peers is None:
+        raise CocomixError(
+            f"{' and '.join(options.against)}: the package knows no competitors; run benchmarks/profile_against.py"
         )

@@ -5,6 +5,7 @@ import re
 from collections import defaultdict
 from typing import Any
 
+from cocomix.costs.profile_results import ProfileResults
 from cocomix.report.figures import LINES, wrapped
 
 # By part: colour and hatch; the backward pass of a part has its colour, paler.
@@ -26,11 +27,11 @@ _SWEPT = {"N": "tokens N", "d": "width d", "C": "concepts C", "k": "kept concept
 _DIMENSION = re.compile(r"-?\b[A-Za-z]{1,2}\d+\b")  # n65536, d512 in the name of a case
 
 
-def step_parts(profile: dict[str, Any]):
+def step_parts(profile: ProfileResults):
     """Figure: a bar a method, stacked by the parts of a step as shares of it. None where they were not measured."""
     from matplotlib.figure import Figure
 
-    methods = {name: method["parts"] for name, method in profile["methods"].items() if method.get("parts")}
+    methods = {name: method.parts for name, method in profile.methods.items() if method.parts}
     if not methods:
         return None
     figure = Figure(figsize=(7.2, 1.9 + 0.5 * len(methods)), layout="constrained")
@@ -58,7 +59,7 @@ def step_parts(profile: dict[str, Any]):
         left = [start + share for start, share in zip(left, shares, strict=True)]
     for y, total in enumerate(totals):
         axes.annotate(f"{1e3 * total:,.0f} ms", (100, y), (6, 0), textcoords="offset points", va="center", fontsize=9)
-    axes.set_yticks(range(len(methods)), [wrapped(profile["methods"][name]["title"]) for name in methods])
+    axes.set_yticks(range(len(methods)), [wrapped(profile.methods[name].title) for name in methods])
     axes.invert_yaxis()
     axes.grid(visible=False)
     axes.set(xlabel="share of a step (%)", xlim=(0, 112), xticks=range(0, 101, 20))

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from cocomix.core.errors import CocomixError
+from cocomix.costs.profile_results import MethodResults, ProfileResults
 from cocomix.costs.profile_text import pays_off
 from cocomix.report import measurement_figures
 from cocomix.report.figures import FigureEntry, draw
-from cocomix.report.measurements import Benchmarks, Change, compare, load_benchmarks, load_profile
+from cocomix.report.measurements import Benchmarks, Change, compare, load_benchmarks
 from cocomix.report.page import Section, figure_section, html_table, note, text_section
 from cocomix.report.runs import fixed
 
@@ -22,7 +23,7 @@ def measured_sections(profiles: list[str], bench: str | None, before: str | None
     sections = [
         section
         for number, path in enumerate(profiles, start=1)
-        for section in profile_sections(load_profile(path), number, Path(path).name)
+        for section in profile_sections(ProfileResults.read(path), number, Path(path).name)
     ]
     if not bench:
         return sections, ""
@@ -30,26 +31,25 @@ def measured_sections(profiles: list[str], bench: str | None, before: str | None
     return sections + benchmark_sections(new, old), comparison_text(compare(old, new)) if old else ""
 
 
-def profile_sections(profile: dict[str, Any], number: int, name: str) -> list[Section]:
+def profile_sections(profile: ProfileResults, number: int, name: str) -> list[Section]:
     """A table of the methods of a profile and a bar of where their steps go; `name` is its file's."""
-    methods, settings = profile["methods"], profile["settings"]
+    settings = profile.settings
     header = ["method", "tokens/s", "step ms", "peak GiB", "MFU", "ratio", "ideal", "efficiency", "break-even saving"]
     rows = [
         [
-            method["title"],
-            f"{method['tokens_per_s']:,.0f}",
-            f"{1e3 * method['step_s']['median']:,.1f}",
-            f"{method['peak_memory_gib']:.3g}",
-            f"{method['mfu']:.0%}",
+            method.title,
+            f"{method.tokens_per_s:,.0f}",
+            f"{1e3 * method.step_s.median:,.1f}",
+            f"{method.peak_memory_gib:.3g}",
+            f"{method.mfu:.0%}",
             *_ratios(method),
         ]
-        for method in methods.values()
+        for method in profile.methods.values()
     ]
-    device = profile["machine"].get("device", "")
     words = (
-        f"{device}; {settings['precision']}, ZeRO {settings['zero_stage']}, ranks: {settings['ranks']}, micro batches "
-        f"of {settings['micro_batch']} x {settings['seq_len']:,} tokens, {settings['rounds']} rounds; commit "
-        f"{profile['machine'].get('commit')}. {pays_off(profile['paper_saving'])}"
+        f"{profile.machine.get('device', '')}; {settings.precision}, ZeRO {settings.zero_stage}, ranks: "
+        f"{settings.ranks}, micro batches of {settings.micro_batch} x {settings.seq_len:,} tokens, {settings.rounds} "
+        f"rounds; commit {profile.machine.get('commit')}. {pays_off(profile.paper_saving)}"
     )
     table = text_section(f"What a step costs: {name}", html_table(header, rows), note(words))
     drawn = draw(
@@ -64,11 +64,11 @@ def profile_sections(profile: dict[str, Any], number: int, name: str) -> list[Se
     return [table, *([figure_section(*drawn)] if drawn else [])]
 
 
-def _ratios(method: dict[str, Any]) -> list[str]:
-    ratio = method["ratio"] and method["ratio"]["median"]
-    saving = method["break_even_saving"]
+def _ratios(method: MethodResults) -> list[str]:
+    ratio = None if method.ratio is None else method.ratio.median
+    saving = method.break_even_saving
     return [
-        *(fixed([value], 2)[0] for value in (ratio, method["ideal_ratio"], method["efficiency"])),
+        *(fixed([value], 2)[0] for value in (ratio, method.ideal_ratio, method.efficiency)),
         "–" if saving is None else f"{saving:.1%}",
     ]
 

@@ -1,4 +1,4 @@
-"""Measurements on disk, read and compared: `cocomix profile --json` and the JSON of pytest-benchmark."""
+"""Benchmarks on disk, the JSON of pytest-benchmark, read and compared."""
 
 import json
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ def load_benchmarks(path) -> Benchmarks:
     content = read_json(path, "the benchmark file")
     found = content.get("benchmarks")
     if not isinstance(found, list):
-        raise CocomixError(f"{path} is no file of benchmarks: expected what pytest-benchmark writes (make bench)")
+        raise CocomixError(f"{path} does not hold benchmarks: expected what pytest-benchmark writes (make bench)")
     rows = [entry.get("extra_info") for entry in found if isinstance(entry, dict)]
     rows = [row for row in rows if isinstance(row, dict) and all(key in row for key in _ROW_KEYS)]
     if not rows:
@@ -80,15 +80,3 @@ def compare(old: Benchmarks, new: Benchmarks) -> list[Change]:
 
 def _identity(row):
     return row["operation"], row["case"], row["contestant"], json.dumps(row["shape"], sort_keys=True)
-
-
-def load_profile(path) -> dict[str, Any]:
-    """Read what `cocomix profile --json` wrote. Raises `CocomixError` for a file of another kind."""
-    content = read_json(path, "the profile")
-    if "modes" in content:  # what version 0.1 called them
-        content["methods"] = content.pop("modes")
-    if content.get("kind") != "profile" or not isinstance(content.get("methods"), dict):
-        raise CocomixError(f"{path} is no profile: expected what `cocomix profile --json FILE` writes")
-    for name, method in content["methods"].items():
-        method.setdefault("title", name)  # files of earlier versions have none
-    return content

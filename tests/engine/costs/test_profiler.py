@@ -98,7 +98,7 @@ def measured(profile, rounds=3, names=None) -> dict:
         method.seconds.clear(), method.update_seconds.clear(), method.parts.clear()
     try:
         profile.measure()
-        return profiler.results(profile)["methods"]
+        return profiler.results(profile).methods
     finally:
         profile.methods = methods
 
@@ -220,14 +220,14 @@ def test_a_slowdown_shows_in_its_part_and_in_the_ratio(shared, clock, name, path
         found = measured(shared, rounds=1, names=(NTP, mixed))
     expected = dict.fromkeys(PARTS, 0) | {"optimizer": 1}
     expected[part] += times
-    assert found[name]["parts"] == pytest.approx(expected, abs=1e-3)
-    assert found[name]["parts_s"] == pytest.approx(1 + times, abs=1e-3)
-    assert found[name]["step_s"]["median"] == pytest.approx(1 + times, abs=1e-3)
-    assert found[name]["update_s"]["median"] == pytest.approx(expected["optimizer"], abs=1e-3)
+    assert found[name].parts == pytest.approx(expected, abs=1e-3)
+    assert found[name].parts_s == pytest.approx(1 + times, abs=1e-3)
+    assert found[name].step_s.median == pytest.approx(1 + times, abs=1e-3)
+    assert found[name].update_s.median == pytest.approx(expected["optimizer"], abs=1e-3)
     # in training 4 micro batches share the optimizer step
     step = expected["optimizer"] + 4 * (1 + times - expected["optimizer"])
     ratio = 1 if path.startswith("tokens") else 1 / step if name == NTP else step  # all methods read the same tokens
-    assert found[mixed]["ratio"]["median"] == pytest.approx(ratio, rel=1e-3)
+    assert found[mixed].ratio.median == pytest.approx(ratio, rel=1e-3)
 
 
 @pytest.mark.slow
@@ -243,11 +243,11 @@ def test_parts_add_up_to_the_step_and_ratios_are_those_of_a_clock(shared):
         apart = {name: clocked(shared.methods[name].step) for name in names}
     update = {name: shared.methods[name].update_seconds[0] for name in names}
     for name, figures in found.items():
-        assert figures["step_s"]["median"] == pytest.approx(apart[name], rel=0.03)
-        assert figures["parts_over_step"]["median"] == pytest.approx(1, abs=0.03)
-        assert figures["parts_s"] == pytest.approx(figures["step_s"]["median"], rel=0.03)
+        assert figures.step_s.median == pytest.approx(apart[name], rel=0.03)
+        assert figures.parts_over_step.median == pytest.approx(1, abs=0.03)
+        assert figures.parts_s == pytest.approx(figures.step_s.median, rel=0.03)
     training = {name: 4 * (apart[name] - update[name]) + update[name] for name in names}
-    assert found[CACHED]["ratio"]["median"] == pytest.approx(training[CACHED] / training[NTP], rel=0.03)
+    assert found[CACHED].ratio.median == pytest.approx(training[CACHED] / training[NTP], rel=0.03)
 
 
 def clocked(function) -> float:
@@ -274,7 +274,7 @@ def test_recomputed_blocks_belong_to_the_backward_pass(config_file, clock):
     ):
         for block in profile.methods[CACHED].student.engine.module.transformer.h:
             patch.setattr(block.mlp, "forward", pausing(block.mlp.forward, clock))
-        parts = measured(profile, rounds=1)[CACHED]["parts"]
+        parts = measured(profile, rounds=1)[CACHED].parts
     expected = {"h blocks": 1, "h blocks, backward": 1, "f blocks": 3, "f blocks, backward": 3}
     assert parts == pytest.approx(dict.fromkeys(PARTS, 0) | expected, abs=1e-3)
 
@@ -316,7 +316,7 @@ def test_other_methods_have_their_parts(config_file, clock, mixing, slow, method
             module = transformer.get_submodule(path)
             patch.setattr(module, "forward", how(module.forward, clock))
         found = measured(profile, rounds=1)[method]
-    assert found["parts"] == pytest.approx(dict.fromkeys(PARTS, 0) | expected, abs=1e-3)
+    assert found.parts == pytest.approx(dict.fromkeys(PARTS, 0) | expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("mixing", ["interleave", "add"])
@@ -340,8 +340,8 @@ def test_a_student_without_h_blocks_has_all_other_parts(config_file, clock, mixi
             patch.setattr(module, "forward", how(module.forward, clock))
         found = measured(profile, rounds=1)
     expected = dict.fromkeys(PARTS, 0) | {part: 1 for part, _ in slow.values()} | {"concept head, backward": 2}
-    assert found[CACHED]["parts"] == pytest.approx(expected, abs=1e-3)
-    assert found[NTP]["parts"]["h blocks"] == found[NTP]["parts"]["h blocks, backward"] == 0
+    assert found[CACHED].parts == pytest.approx(expected, abs=1e-3)
+    assert found[NTP].parts["h blocks"] == found[NTP].parts["h blocks, backward"] == 0
 
 
 # FLOPs and memory
@@ -396,8 +396,8 @@ def test_methods_have_titles_and_what_they_cannot_have_is_refused(config_file):
             "NTP with distillation, cached top-32 soft targets",
             "NTP with distillation, online top-32 soft targets",
         ]
-        settings = profiler.results(profile)["settings"] if profile.measure() is None else None
-        assert settings["method"] == "NTP with distillation" and settings["learns_from"] == ["top-32 soft targets"]
+        settings = profiler.results(profile).settings if profile.measure() is None else None
+        assert settings.method == "NTP with distillation" and settings.learns_from == ["top-32 soft targets"]
         text = profile_text.describe_profile(profiler.results(profile))
         assert "mixing none, distillation and top-32 soft targets, fp32" in text and "with concepts" not in text
         assert "the break-even saving." in text and "the paper reports" not in text
@@ -406,6 +406,11 @@ def test_methods_have_titles_and_what_they_cannot_have_is_refused(config_file):
         ([*distilled, "distillation.top_k=null"], {"labels": (CACHED,)}, "whole distributions are never cached"),
         ([*distilled, "teacher.model=null"], {"labels": (ONLINE,)}, "online soft targets need a teacher: set tea"),
         (["model.mixing=none"], {}, "leaves nothing to compare"),
+        (
+            [],
+            {"against": ("transformers",), "labels": (CACHED,)},
+            "knows no competitors; run benchmarks",
+        ),
         (["model.mixing=predict"], {"against": ("public",)}, "--against public needs model.mixing=interleave or add"),
         (["teacher.labels_by=activation"], {"against": ("public",)}, "--against public needs .*by attribution"),
         (["train.zero_stage=3"], {"against": ("transformers",)}, "needs train.zero_stage 0, 1 or 2"),
@@ -577,21 +582,23 @@ def test_figures_are_for_a_training_step_of_the_measured_times():
     )
     ntp, cached, public = (profiler._figures(profile, method) for method in profile.methods.values())
     # 5 micro batches of 4 windows of 10 tokens and an update; measured were 2 of them and one
-    assert ntp["tokens_per_s"] == pytest.approx(2 * 200 / (0.5 * 5 + 0.2))
-    assert cached["ratio"]["median"] == pytest.approx((1.0 * 5 + 0.3) / (0.5 * 5 + 0.2))
-    assert cached["efficiency"] == pytest.approx(1.5 / cached["ratio"]["median"])
-    assert cached["break_even_saving"] == pytest.approx(1 - 1 / cached["ratio"]["median"])
-    assert cached["mfu"] == pytest.approx(2e6 * (200 / (1.0 * 5 + 0.3)) / 2e9)
-    assert public["slower"]["median"] == pytest.approx(3 / 2 * 20 / 5.3)  # one window at a time
-    assert ntp["ratio"] is None and ntp["efficiency"] is None and cached["slower"] is None
+    assert ntp.tokens_per_s == pytest.approx(2 * 200 / (0.5 * 5 + 0.2))
+    assert cached.ratio.median == pytest.approx((1.0 * 5 + 0.3) / (0.5 * 5 + 0.2))
+    assert cached.efficiency == pytest.approx(1.5 / cached.ratio.median)
+    assert cached.break_even_saving == pytest.approx(1 - 1 / cached.ratio.median)
+    assert cached.mfu == pytest.approx(2e6 * (200 / (1.0 * 5 + 0.3)) / 2e9)
+    assert public.slower.median == pytest.approx(3 / 2 * 20 / 5.3)  # one window at a time
+    assert ntp.ratio is None and ntp.efficiency is None and cached.slower is None
 
 
 def test_the_breakdown_adds_up_whatever_single_rounds_took():
     rounds = [dict.fromkeys(PARTS, 0.0) | {"optimizer": a, "other": b} for a, b in ((1, 3), (2, 2), (5, 15))]
-    found = profiler._breakdown(SimpleNamespace(parts=rounds, seconds=[4, 4, 10]))
-    assert found["parts_s"] == 4 and sum(found["parts"].values()) == pytest.approx(4)
-    assert found["parts"]["optimizer"] == pytest.approx(4 * (1 / 4 + 1 / 2 + 1 / 4) / 3)
-    assert found["parts_over_step"]["median"] == 1
+    profile = fake_profile(ntp=([4, 4, 10], [0.0] * 3, 4, None))
+    profile.methods["ntp"].parts = rounds
+    found = profiler._figures(profile, profile.methods["ntp"])
+    assert found.parts_s == 4 and sum(found.parts.values()) == pytest.approx(4)
+    assert found.parts["optimizer"] == pytest.approx(4 * (1 / 4 + 1 / 2 + 1 / 4) / 3)
+    assert found.parts_over_step.median == 1
 
 
 def test_the_table_and_the_file_hold_the_same_figures(config_file, tmp_path, capsys):
@@ -745,6 +752,6 @@ def test_compiled_blocks_are_measured_as_they_run(config_file, monkeypatch):
     for name, figures in found.items():
         assert all(
             seconds > 0
-            for part, seconds in figures["parts"].items()
+            for part, seconds in figures.parts.items()
             if part != "teacher and labels" and not (name == NTP and part.startswith(("concept", "mixing")))
         )

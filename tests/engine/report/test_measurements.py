@@ -1,16 +1,19 @@
 """Profiles and benchmarks in the report: what is read, drawn, compared and refused."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from profile_helpers import profile_results
 
 from cocomix.cli import main
 from cocomix.core.errors import CocomixError
+from cocomix.costs.profile_results import ProfileResults
 from cocomix.report import measurement_figures
 from cocomix.report.measurement_page import benchmark_sections, measured_sections, profile_sections
-from cocomix.report.measurements import compare, load_benchmarks, load_profile
+from cocomix.report.measurements import compare, load_benchmarks
 
 RESULTS = Path(__file__).parents[3] / "benchmarks/results"
 
@@ -43,42 +46,8 @@ def bench_file(path, rows, device="a chip"):
     return path
 
 
-PARTS = {"teacher and labels": 0.0, "h blocks": 0.02, "h blocks, backward": 0.04, "optimizer": 0.04}
-
-
-def profile_file(path, **methods):
-    def method(title, step, ratio=None, parts=PARTS):
-        return {
-            "title": title,
-            "tokens_per_s": 100 / step,
-            "step_s": spread(step),
-            "peak_memory_gib": 1.5,
-            "mfu": 0.42,
-            "ratio": ratio and spread(ratio),
-            "ideal_ratio": ratio and 1.5,
-            "efficiency": ratio and 1.5 / ratio,
-            "break_even_saving": ratio and 1 - 1 / ratio,
-            "parts": parts,
-        }
-
-    path.write_text(
-        json.dumps(
-            {
-                "kind": "profile",
-                "machine": {"device": "a chip", "commit": "abc"},
-                "paper_saving": 0.215,
-                "settings": {
-                    "precision": "fp32",
-                    "zero_stage": 1,
-                    "ranks": 1,
-                    "micro_batch": 8,
-                    "seq_len": 16,
-                    "rounds": 3,
-                },
-                "methods": {"ntp": method("NTP", 0.1), "cached": method("CoCoMix, cached labels", 0.16, 1.6)} | methods,
-            }
-        )
-    )
+def profile_file(path):
+    path.write_text(json.dumps(profile_results().as_json()))
     return path
 
 
@@ -122,7 +91,7 @@ def test_only_equal_shapes_of_one_device_are_compared(tmp_path):
 
 
 def test_parts_are_stacked_to_the_whole_step(tmp_path):
-    axes = measurement_figures.step_parts(load_profile(profile_file(tmp_path / "p.json"))).axes[0]
+    axes = measurement_figures.step_parts(ProfileResults.read(profile_file(tmp_path / "p.json"))).axes[0]
     ends = {}
     for bar in axes.patches:
         y = round(bar.get_y() + bar.get_height() / 2)
@@ -135,9 +104,9 @@ def test_parts_are_stacked_to_the_whole_step(tmp_path):
 
 
 def test_a_profile_without_parts_has_a_table_alone(tmp_path):
-    profile = load_profile(profile_file(tmp_path / "p.json"))
-    for method in profile["methods"].values():
-        method["parts"] = None
+    profile = ProfileResults.read(profile_file(tmp_path / "p.json"))
+    without = {name: dataclasses.replace(method, parts=None) for name, method in profile.methods.items()}
+    profile = dataclasses.replace(profile, methods=without)
     [section] = profile_sections(profile, 1, "p.json")
     assert "What a step costs" in section.html and not section.figures
 
@@ -248,8 +217,8 @@ def test_sections_of_benchmarks_hold_sweeps(tmp_path):
     [
         ([], "nothing to report: name the folder of a run, or a file with --profile or --bench"),
         (["--profile", "PROFILE", "--bench-before", "BENCH"], "name the newer file too"),
-        (["--profile", "BENCH"], "is no profile"),
-        (["--bench", "PROFILE"], "is no file of benchmarks"),
+        (["--profile", "BENCH"], "is not a profile"),
+        (["--bench", "PROFILE"], "does not hold benchmarks"),
         (["--bench", "OTHER"], "holds no figures of cocomix's benchmarks: it lists 1 others"),
         (["--bench", "MISSING"], "the benchmark file is missing"),
     ],
@@ -270,6 +239,6 @@ def test_other_files_are_refused(tmp_path, capsys, arguments, message):
 @pytest.mark.parametrize("file", sorted(RESULTS.glob("profile-*.json")), ids=lambda file: file.stem)
 def test_profiles_of_version_0_1_are_read(file):
     assert "modes" in json.loads(file.read_text())
-    methods = load_profile(file)["methods"]
-    assert "ntp" in methods and all(method["title"] and method["step_s"]["median"] > 0 for method in methods.values())
+    methods = ProfileResults.read(file).methods
+    assert "ntp" in methods and all(method.title and method.step_s.median > 0 for method in methods.values())
     assert measured_sections([str(file)], None, None)[0]
