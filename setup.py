@@ -11,6 +11,7 @@ CORE = [
     "tokenizers>=0.23.1",  # trains and runs byte-level BPE on all cores
     "safetensors>=0.8",  # SAE files that cannot execute code
     "numpy>=1.26",
+    "fsspec>=2024.2",  # opens compressed text; torch brings it along anyway
     "msgspec>=0.19",  # checks what JSON files hold against dataclasses; small, and imported in 20 ms
     "omegaconf>=2.3",  # YAML over dataclasses, overrides, interpolation
     "tqdm>=4.66",

@@ -6,7 +6,6 @@ Every source streams its documents, so memory depends neither on the size of the
 import codecs
 import contextlib
 import glob
-import gzip
 import hashlib
 import json
 import math
@@ -246,7 +245,9 @@ def _read_text(path: Path) -> Iterator[str]:
 
 
 def _read_jsonl(path: Path, text_key: str) -> Iterator[list[str]]:
-    with _explain_unreadable(path), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+    from fsspec.implementations.local import LocalFileSystem
+
+    with _explain_unreadable(path), LocalFileSystem().open(str(path), "rb", compression="infer") as file:
         for number, line in enumerate(file, start=1):
             if line.isspace():
                 continue
