@@ -14,8 +14,9 @@ import torch
 
 from cocomix.core.config import DataConfig
 from cocomix.core.errors import CocomixError
+from cocomix.data.documents import pieces
 from cocomix.data.sources import open_sources
-from cocomix.data.text import pieces, tokenize
+from cocomix.data.text import tokenize
 from cocomix.data.token_files import TokenFiles
 
 _BINS = 32

@@ -12,9 +12,10 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from cocomix.core.config import DataConfig
 from cocomix.core.errors import CocomixError
 from cocomix.data import sources, text
+from cocomix.data.documents import Piece, pieces, require_text
 from cocomix.data.preparation import Splitter, prepare
 from cocomix.data.sources import open_sources
-from cocomix.data.text import pieces, require_text, tokenize, train_tokenizer, vocab_size_of
+from cocomix.data.text import tokenize, train_tokenizer, vocab_size_of
 
 PROSE = "The café sells naïve crêpes.\n\n  Don't ask 12345 why; 日本語 🙂 works too.\n\ttabs\r\nand windows lines\n"
 
@@ -342,8 +343,8 @@ def test_a_small_corpus_gives_a_smaller_vocabulary():
 
 
 def test_long_documents_are_cut_without_changing_a_token(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(text, "PIECE_CHARS", 1000)
-    monkeypatch.setattr(text, "_CUT_SEARCH_CHARS", 400)
+    monkeypatch.setattr("cocomix.data.documents.PIECE_CHARS", 1000)
+    monkeypatch.setattr("cocomix.data.documents._CUT_SEARCH_CHARS", 400)
     monkeypatch.setattr(text, "_BATCH_CHARS", 2500)
     long = "".join(f"{number} {PROSE}" for number in range(300))
     one_line = "word, word's  words " * 1000
@@ -360,7 +361,7 @@ def test_long_documents_are_cut_without_changing_a_token(tmp_path, tokenizer, mo
 
 
 def test_text_without_any_place_to_cut_is_still_read_whole_and_in_bounded_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "PIECE_CHARS", 100)
+    monkeypatch.setattr("cocomix.data.documents.PIECE_CHARS", 100)
     (tmp_path / "a.txt").write_text("é" * 1234, encoding="utf-8")
     stream = list(pieces(open_sources(DataConfig(text=[str(tmp_path)]))))
     assert "".join(piece.text for piece in stream) == "é" * 1234
@@ -373,14 +374,14 @@ def test_half_a_surrogate_pair_in_json_becomes_a_replacement_character(tmp_path)
 
 
 def test_special_tokens_inside_a_text_are_text(tokenizer):
-    ((_, ids),) = tokenize([text.Piece(0, "a<|endoftext|>b", last=True)], tokenizer)
+    ((_, ids),) = tokenize([Piece(0, "a<|endoftext|>b", last=True)], tokenizer)
     assert ids.tolist().count(0) == 1 and ids[-1] == 0
     assert tokenizer.decode(ids[:-1].tolist()) == "a<|endoftext|>b"
     assert 0 in encode_whole(tokenizer, "<|endoftext|>"), "the tokenizer itself must be left as it was"
 
 
 def stream_of(strings):
-    return [text.Piece(number, string, last=True) for number, string in enumerate(strings)]
+    return [Piece(number, string, last=True) for number, string in enumerate(strings)]
 
 
 @pytest.mark.slow
@@ -432,8 +433,8 @@ def tiktoken_of(tokenizer):
 @pytest.mark.parametrize("long", [False, True])
 def test_token_files_are_those_that_tiktoken_makes(tmp_path, tokenizer, long, monkeypatch):
     if long:
-        monkeypatch.setattr(text, "PIECE_CHARS", 300)
-        monkeypatch.setattr(text, "_CUT_SEARCH_CHARS", 150)
+        monkeypatch.setattr("cocomix.data.documents.PIECE_CHARS", 300)
+        monkeypatch.setattr("cocomix.data.documents._CUT_SEARCH_CHARS", 150)
     stories = [f"{number}: {PROSE}" * (1 + number % 4) + "  \n\n" * (number % 2) for number in range(30)]
     write_jsonl(tmp_path / "stories.jsonl", [{"text": story} for story in stories])
     tokenizer.save_pretrained(tmp_path / "tokenizer")
@@ -448,6 +449,6 @@ def test_token_files_are_those_that_tiktoken_makes(tmp_path, tokenizer, long, mo
     )
     side, expected = Splitter(0.2), {"train": [], "val": []}
     for number, story in enumerate(stories):
-        expected[side(text.Piece(number, story, True))] += [*encoding.encode_ordinary(story), encoding.eot_token]
+        expected[side(Piece(number, story, True))] += [*encoding.encode_ordinary(story), encoding.eot_token]
     for name, ids in expected.items():
         assert (files.folder / f"{name}.bin").read_bytes() == np.array(ids, dtype=np.uint16).tobytes()

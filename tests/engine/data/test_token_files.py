@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader
 from cocomix.core.config import DataConfig
 from cocomix.core.errors import CocomixError
 from cocomix.core.mapped_file import MappedFile
+from cocomix.data.documents import Piece
 from cocomix.data.preparation import Splitter, prepare
-from cocomix.data.text import Piece, train_tokenizer
+from cocomix.data.text import train_tokenizer
 from cocomix.data.token_files import TokenFiles, TokenSplit
 from cocomix.data.windows import MicroBatchSampler, WindowDataset, WindowOrder, step_windows
 
