@@ -138,6 +138,8 @@ TESTED_IN = {
     "cocomix.data.documents": "engine/data/test_text.py",
     "cocomix.data.preparation": "engine/data/test_token_files.py engine/data/test_text.py",
     "cocomix.data.sources": "engine/data/test_text.py",
+    "cocomix.data.tokenizer": "engine/data/test_text.py",
+    "cocomix.data.tokenizing": "engine/data/test_text.py",
     "cocomix.data.windows": "engine/data/test_token_files.py",
     "cocomix.distributed.background_write": "engine/distributed/test_checkpoint.py",
     "cocomix.inference.loading": "engine/inference/test_generate.py engine/inference/test_concepts.py",

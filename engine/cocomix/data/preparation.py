@@ -15,8 +15,9 @@ from cocomix.core.files import atomic_folder, atomic_write, require_space, sha25
 from cocomix.core.origin import differences
 from cocomix.data.documents import Piece, pieces, require_text
 from cocomix.data.sources import Source, open_sources
-from cocomix.data.text import TOKEN_DTYPE, load_tokenizer, tokenize, train_tokenizer, vocab_size_of
 from cocomix.data.token_files import FORMAT, SPLITS, TokenFiles, scan
+from cocomix.data.tokenizer import TOKEN_DTYPE, load_tokenizer, train_tokenizer, vocab_size_of
+from cocomix.data.tokenizing import tokenize
 
 _TOKENIZER_ROOM_BYTES = 32 << 20
 

@@ -11,11 +11,12 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from cocomix.core.config import DataConfig
 from cocomix.core.errors import CocomixError
-from cocomix.data import sources, text
+from cocomix.data import sources, tokenizing
 from cocomix.data.documents import Piece, pieces, require_text
 from cocomix.data.preparation import Splitter, prepare
 from cocomix.data.sources import open_sources
-from cocomix.data.text import tokenize, train_tokenizer, vocab_size_of
+from cocomix.data.tokenizer import END_OF_TEXT, train_tokenizer, vocab_size_of
+from cocomix.data.tokenizing import tokenize
 
 PROSE = "The café sells naïve crêpes.\n\n  Don't ask 12345 why; 日本語 🙂 works too.\n\ttabs\r\nand windows lines\n"
 
@@ -345,7 +346,7 @@ def test_a_small_corpus_gives_a_smaller_vocabulary():
 def test_long_documents_are_cut_without_changing_a_token(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr("cocomix.data.documents.PIECE_CHARS", 1000)
     monkeypatch.setattr("cocomix.data.documents._CUT_SEARCH_CHARS", 400)
-    monkeypatch.setattr(text, "_BATCH_CHARS", 2500)
+    monkeypatch.setattr(tokenizing, "_BATCH_CHARS", 2500)
     long = "".join(f"{number} {PROSE}" for number in range(300))
     one_line = "word, word's  words " * 1000
     (tmp_path / "a.txt").write_bytes(long.encode())
@@ -386,7 +387,7 @@ def stream_of(strings):
 
 @pytest.mark.slow
 def test_several_processes_give_the_same_tokens_in_the_same_order(tokenizer, monkeypatch):
-    monkeypatch.setattr(text, "_BATCH_CHARS", 500)
+    monkeypatch.setattr(tokenizing, "_BATCH_CHARS", 500)
     stream = stream_of(f"{number} {PROSE}" * (1 + number % 5) for number in range(200))
     alone, shared = (
         [(piece, ids.tolist()) for piece, ids in tokenize(stream, tokenizer, processes)] for processes in (1, 3)
@@ -396,13 +397,14 @@ def test_several_processes_give_the_same_tokens_in_the_same_order(tokenizer, mon
 
 @pytest.mark.slow
 def test_a_tokenizing_process_that_dies_is_reported(tokenizer, monkeypatch):
-    monkeypatch.setattr(text, "_start_process", os.abort)  # takes no arguments, so the processes end as they start
+    # os.abort takes no arguments, so the processes end as they start
+    monkeypatch.setattr(tokenizing, "_start_process", os.abort)
     with pytest.raises(CocomixError, match="one of the 2 processes that tokenize has died.*lower data.processes"):
         list(tokenize(stream_of(["text"]), tokenizer, 2))
 
 
 def test_text_is_read_no_further_than_a_few_batches_ahead(tokenizer, monkeypatch):
-    monkeypatch.setattr(text, "_BATCH_CHARS", 100)
+    monkeypatch.setattr(tokenizing, "_BATCH_CHARS", 100)
     read = []
 
     def stream():
@@ -424,10 +426,10 @@ def tiktoken_of(tokenizer):
     ranks = {
         bytes(alphabet[character] for character in token): number
         for token, number in tokenizer.get_vocab().items()
-        if token != text.END_OF_TEXT
+        if token != END_OF_TEXT
     }
     pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""  # GPT-2's
-    return tiktoken.Encoding("small", pat_str=pattern, mergeable_ranks=ranks, special_tokens={text.END_OF_TEXT: 0})
+    return tiktoken.Encoding("small", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 0})
 
 
 @pytest.mark.parametrize("long", [False, True])

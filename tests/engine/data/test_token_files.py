@@ -19,8 +19,8 @@ from cocomix.core.errors import CocomixError
 from cocomix.core.mapped_file import MappedFile
 from cocomix.data.documents import Piece
 from cocomix.data.preparation import Splitter, prepare
-from cocomix.data.text import train_tokenizer
 from cocomix.data.token_files import TokenFiles, TokenSplit
+from cocomix.data.tokenizer import train_tokenizer
 from cocomix.data.windows import MicroBatchSampler, WindowDataset, WindowOrder, step_windows
 
 
