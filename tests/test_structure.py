@@ -95,8 +95,8 @@ def test_imports_go_down_only(module):
 @pytest.mark.parametrize(
     "module, line",
     [
-        ("cocomix.core.config", "from cocomix.data.text import pieces"),
-        ("cocomix.data.text", "from cocomix.model.blocks import Block"),
+        ("cocomix.core.config", "from cocomix.data.documents import pieces"),
+        ("cocomix.data.documents", "from cocomix.model.blocks import Block"),
         ("cocomix.training.trainer", "def f():\n    from cocomix.costs.planner import predict"),
         ("cocomix.training.trainer", "import cocomix.inference.evaluate"),
         ("cocomix.inference.loading", "from cocomix import cli"),
@@ -135,9 +135,6 @@ TESTED_IN = {
     "cocomix.costs.profile_text": "engine/costs/test_profiler.py",
     "cocomix.costs.profile_trace": "engine/costs/test_profiler.py",
     "cocomix.costs.step_parts": "engine/costs/test_profiler.py",
-    "cocomix.data.preparation": "engine/data/test_token_files.py engine/data/test_text.py",
-    "cocomix.data.sources": "engine/data/test_text.py",
-    "cocomix.data.windows": "engine/data/test_token_files.py",
     "cocomix.distributed.background_write": "engine/distributed/test_checkpoint.py",
     "cocomix.inference.loading": "engine/inference/test_generate.py engine/inference/test_concepts.py",
     "cocomix.model.blocks": "engine/model/test_model.py",

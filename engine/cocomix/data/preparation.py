@@ -13,18 +13,11 @@ from cocomix.core.config import DataConfig
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import atomic_folder, atomic_write, require_space, sha256_of_file, write_json
 from cocomix.core.origin import differences
+from cocomix.data.documents import Piece, pieces, require_text
 from cocomix.data.sources import Source, open_sources
-from cocomix.data.text import (
-    TOKEN_DTYPE,
-    Piece,
-    load_tokenizer,
-    pieces,
-    require_text,
-    tokenize,
-    train_tokenizer,
-    vocab_size_of,
-)
 from cocomix.data.token_files import FORMAT, SPLITS, TokenFiles, scan
+from cocomix.data.tokenizer import TOKEN_DTYPE, load_tokenizer, train_tokenizer, vocab_size_of
+from cocomix.data.tokenizing import tokenize
 
 _TOKENIZER_ROOM_BYTES = 32 << 20
 

@@ -9,7 +9,7 @@ import numpy as np
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import read_json
 from cocomix.core.mapped_file import MappedFile
-from cocomix.data.text import TOKEN_DTYPE, load_tokenizer
+from cocomix.data.tokenizer import TOKEN_DTYPE, load_tokenizer
 
 FORMAT = 1
 

@@ -14,9 +14,10 @@ import torch
 
 from cocomix.core.config import DataConfig
 from cocomix.core.errors import CocomixError
+from cocomix.data.documents import pieces
 from cocomix.data.sources import open_sources
-from cocomix.data.text import pieces, tokenize
 from cocomix.data.token_files import TokenFiles
+from cocomix.data.tokenizing import tokenize
 
 _BINS = 32
 _TOKENS_AFTER = 8  # of a context, for the eye

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from cocomix.core.errors import CocomixError
-from cocomix.data.text import load_tokenizer
 from cocomix.data.token_files import TokenFiles
+from cocomix.data.tokenizer import load_tokenizer
 from cocomix.distributed.export import description_folder, find_model, load_model
 from cocomix.distributed.ranks import own_device
 from cocomix.inference.loading import run_settings

@@ -8,7 +8,7 @@ from cocomix.core.config import TeacherConfig, load_config
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import read_json
 from cocomix.core.methods import predicts_concepts
-from cocomix.data.text import load_tokenizer
+from cocomix.data.tokenizer import load_tokenizer
 from cocomix.distributed.export import description_folder, find_model, is_checkpoint, is_run, load_model, run_of
 from cocomix.inference.concept_names import FILE
 

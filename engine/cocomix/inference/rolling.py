@@ -22,8 +22,8 @@ import torch.nn.functional as F
 
 from cocomix.core.config import DataConfig
 from cocomix.core.errors import CocomixError
+from cocomix.data.documents import Piece, pieces, require_text
 from cocomix.data.sources import Source, open_sources
-from cocomix.data.text import Piece, pieces, require_text
 from cocomix.distributed.export import description_folder, find_model
 from cocomix.distributed.ranks import own_device
 from cocomix.inference.loading import UsableModel, load_usable

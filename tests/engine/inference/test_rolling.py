@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from cocomix.cli import main
 from cocomix.core.errors import CocomixError
-from cocomix.data import text
+from cocomix.data import documents
 from cocomix.inference import rolling
 from cocomix.inference.evaluate import evaluate_checkpoint
 from cocomix.inference.loading import load_usable
@@ -271,7 +271,7 @@ def test_a_document_that_is_read_in_pieces(world, monkeypatch, tmp_path, piece):
     (tmp_path / "text.txt").write_bytes(document.encode())
     whole = score(world, "none", tmp_path / "text.txt")
     assert whole.words == len(re.split(r"\s+", document)) and whole.bytes == len(document.encode())
-    monkeypatch.setattr(text, "PIECE_CHARS", piece)
+    monkeypatch.setattr(documents, "PIECE_CHARS", piece)
     found = score(world, "none", tmp_path / "text.txt")
     assert (found.words, found.bytes, found.documents) == (whole.words, whole.bytes, 1)
 
@@ -279,7 +279,7 @@ def test_a_document_that_is_read_in_pieces(world, monkeypatch, tmp_path, piece):
 def test_memory_does_not_grow_with_the_text(world, monkeypatch):
     """Neither with one large document nor with many small ones."""
     monkeypatch.setattr(rolling, "_log_likelihood", lambda model, windows: torch.zeros((), dtype=torch.float64))
-    monkeypatch.setattr(text, "PIECE_CHARS", 1 << 11)
+    monkeypatch.setattr(documents, "PIECE_CHARS", 1 << 11)
     usable, line = load_usable(world.folder / "none"), "the quick brown fox runs \n" * 20
 
     def peak(documents):

@@ -7,7 +7,7 @@ from model_helpers import SMALL, batch, golden_model, gradients, greedy, left_pa
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, pipeline
 
-from cocomix.data.text import train_tokenizer
+from cocomix.data.tokenizer import train_tokenizer
 from cocomix.model.positions import CACHE_NAME
 
 EVERY_KIND = [

@@ -1,35 +1,19 @@
+"""Sources of every kind: what they read, in what order, what tells them from another, and what they refuse."""
+
 import gzip
 import json
 import os
 
-import numpy as np
 import pyarrow
 import pytest
-import tiktoken
+from data_helpers import PROSE, documents_of, write_jsonl
 from pyarrow import parquet
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from cocomix.core.config import DataConfig
 from cocomix.core.errors import CocomixError
-from cocomix.data import sources, text
-from cocomix.data.preparation import Splitter, prepare
+from cocomix.data import sources
+from cocomix.data.documents import pieces, require_text
 from cocomix.data.sources import open_sources
-from cocomix.data.text import pieces, require_text, tokenize, train_tokenizer, vocab_size_of
-
-PROSE = "The café sells naïve crêpes.\n\n  Don't ask 12345 why; 日本語 🙂 works too.\n\ttabs\r\nand windows lines\n"
-
-
-def documents(*names, **settings) -> list[str]:
-    found = {}
-    for piece in pieces(open_sources(DataConfig(text=[str(name) for name in names], **settings))):
-        found[piece.document] = found.get(piece.document, "") + piece.text
-    assert list(found) == list(range(len(found)))
-    return list(found.values())
-
-
-def write_jsonl(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
 
 
 @pytest.fixture
@@ -51,25 +35,25 @@ def corpus(tmp_path):
 
 
 def test_a_folder_gives_its_text_files_sorted_and_nothing_hidden_binary_or_blank(corpus):
-    assert documents(corpus) == [PROSE, "second", "third"]
+    assert documents_of(corpus) == [PROSE, "second", "third"]
 
 
 def test_a_glob_gives_the_files_it_matches(corpus, monkeypatch):
     monkeypatch.chdir(corpus.parent)
-    assert documents("corpus/*.txt") == ["second"]
-    assert documents(corpus / "**/*.??") == [PROSE, "third"]
-    assert documents("corpus/s*") == ["third"]
+    assert documents_of("corpus/*.txt") == ["second"]
+    assert documents_of(corpus / "**/*.??") == [PROSE, "third"]
+    assert documents_of("corpus/s*") == ["third"]
 
 
 def test_sources_follow_one_another_in_the_order_given(corpus):
-    assert documents(corpus / "b.txt", corpus / "sub", corpus / "b.txt") == ["second", "third", "second"]
+    assert documents_of(corpus / "b.txt", corpus / "sub", corpus / "b.txt") == ["second", "third", "second"]
 
 
 def test_the_folder_of_token_files_is_no_text(tmp_path):
     (tmp_path / "a.txt").write_text("text", encoding="utf-8")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "meta.json").write_text("{}", encoding="utf-8")
-    assert documents(tmp_path, folder=str(tmp_path / "data")) == ["text"]
+    assert documents_of(tmp_path, folder=str(tmp_path / "data")) == ["text"]
 
 
 def test_the_standard_library_comes_without_packages_and_tests():
@@ -85,7 +69,7 @@ def test_every_line_of_a_jsonl_file_is_a_document(tmp_path, suffix):
     lines = "\n".join([json.dumps({"body": PROSE, "id": 1}), "", json.dumps({"body": ""}), json.dumps({"body": "x"})])
     path = tmp_path / f"records{suffix}"
     path.write_bytes(gzip.compress(lines.encode()) if suffix.endswith("gz") else lines.encode())
-    assert documents(path, text_key="body") == [PROSE, "x"]
+    assert documents_of(path, text_key="body") == [PROSE, "x"]
 
 
 @pytest.mark.parametrize(
@@ -103,14 +87,14 @@ def test_a_bad_jsonl_line_is_named(tmp_path, line, problem):
     path = tmp_path / "records.jsonl"
     path.write_bytes(b'{"text": "a"}\n\n' + line.encode(errors="surrogateescape") + b"\n")
     with pytest.raises(CocomixError, match=rf"records\.jsonl, line 3.*{problem}"):
-        documents(path)
+        documents_of(path)
 
 
 def test_a_damaged_gzip_file_is_named(tmp_path):
     path = tmp_path / "records.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "a"}\n' * 1000)[:-20])
     with pytest.raises(CocomixError, match=r"records\.jsonl\.gz cannot be read"):
-        documents(path)
+        documents_of(path)
 
 
 @pytest.fixture
@@ -123,17 +107,17 @@ def local_dataset(tmp_path):
 
 
 def test_a_local_hugging_face_dataset_streams_its_column(local_dataset):
-    assert documents(f"hf:{local_dataset}") == [PROSE, "two"]
-    assert documents(f"hf:{local_dataset}:test") == ["held out"]
+    assert documents_of(f"hf:{local_dataset}") == [PROSE, "two"]
+    assert documents_of(f"hf:{local_dataset}:test") == ["held out"]
 
 
 def test_a_missing_column_a_column_of_numbers_and_a_missing_split_are_named(local_dataset):
     with pytest.raises(CocomixError, match="no column 'body'; its columns are text, n"):
-        documents(f"hf:{local_dataset}", text_key="body")
+        documents_of(f"hf:{local_dataset}", text_key="body")
     with pytest.raises(CocomixError, match="row 0: column 'n' holds int, not text"):
-        documents(f"hf:{local_dataset}", text_key="n")
+        documents_of(f"hf:{local_dataset}", text_key="n")
     with pytest.raises(CocomixError, match="hf:.*:nosplit cannot be loaded"):
-        documents(f"hf:{local_dataset}:nosplit")
+        documents_of(f"hf:{local_dataset}:nosplit")
 
 
 def test_a_hugging_face_dataset_may_have_subsets(tmp_path):
@@ -146,9 +130,9 @@ def test_a_hugging_face_dataset_may_have_subsets(tmp_path):
         + "".join(f"- config_name: {subset}\n  data_files: {subset}/*.jsonl\n" for subset in ("easy", "hard"))
         + "---\n"
     )
-    assert documents(f"hf:{folder}:train:hard") == ["hard text"]
+    assert documents_of(f"hf:{folder}:train:hard") == ["hard text"]
     with pytest.raises(CocomixError, match="hf:.*:train:none cannot be loaded"):
-        documents(f"hf:{folder}:train:none")
+        documents_of(f"hf:{folder}:train:none")
 
 
 def write_parquet(path, **columns):
@@ -160,19 +144,19 @@ def test_every_row_of_a_parquet_file_is_a_document(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_PARQUET_ROWS", 2)
     write_parquet(tmp_path / "rows.parquet", body=[PROSE, "", None, "x", "y"], id=list(range(5)))
     (tmp_path / "z.txt").write_text("plain", encoding="utf-8")
-    assert documents(tmp_path / "rows.parquet", text_key="body") == [PROSE, "x", "y"]
-    assert documents(tmp_path, text_key="body") == [PROSE, "x", "y", "plain"]
+    assert documents_of(tmp_path / "rows.parquet", text_key="body") == [PROSE, "x", "y"]
+    assert documents_of(tmp_path, text_key="body") == [PROSE, "x", "y", "plain"]
 
 
 def test_a_parquet_file_without_the_column_or_with_numbers_or_damaged_is_named(tmp_path):
     path = write_parquet(tmp_path / "rows.parquet", body=["text"], id=[1])
     with pytest.raises(CocomixError, match=r"rows\.parquet: no column 'text'; its columns are body, id; set data.text"):
-        documents(path)
+        documents_of(path)
     with pytest.raises(CocomixError, match=r"rows\.parquet: column 'id' holds int64, not text"):
-        documents(path, text_key="id")
+        documents_of(path, text_key="id")
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(CocomixError, match=r"rows\.parquet cannot be read"):
-        documents(path, text_key="body")
+        documents_of(path, text_key="body")
 
 
 # --- mixtures
@@ -205,7 +189,7 @@ def test_a_mixture_keeps_the_shares_all_along_and_loses_and_repeats_nothing(thre
         read[text_read[0]] += len(text_read)
         total = sum(read.values())
         assert all(abs(read[kind] - weights[kind] * total) <= 2 * max(longest.values()) for kind in read)
-    own = {kind: documents(three_kinds[kind], text_key="body" if kind == "b" else "text") for kind in "abc"}
+    own = {kind: documents_of(three_kinds[kind], text_key="body" if kind == "b" else "text") for kind in "abc"}
     for kind in "abc":  # in their own order, from the first one on
         mixed = [text_read for text_read in texts if text_read[0] == kind]
         assert mixed == own[kind][: len(mixed)]
@@ -278,29 +262,6 @@ def test_no_sources_missing_paths_and_empty_folders_are_refused(tmp_path):
         open_sources(DataConfig(text=[str(tmp_path / "*.txt")]))
 
 
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        (b"", "no text in it"),
-        (b" \n ", "no text in it"),
-        (b"a\0b", "not UTF-8 text"),
-        (b"caf\xe9", "not UTF-8 text"),
-    ],
-)
-def test_a_named_file_without_text_is_refused(tmp_path, content, problem):
-    (tmp_path / "file.txt").write_bytes(content)
-    (source,) = open_sources(DataConfig(text=[str(tmp_path / "file.txt")]))
-    with pytest.raises(CocomixError, match=problem):
-        require_text(source)
-
-
-def test_a_folder_of_nothing_but_binary_files_has_no_text(tmp_path):
-    (tmp_path / "weights.bin").write_bytes(b"\0" * 100)
-    (source,) = open_sources(DataConfig(text=[str(tmp_path)]))
-    with pytest.raises(CocomixError, match="no text in it"):
-        require_text(source)
-
-
 def test_the_fingerprint_follows_content_names_and_times_but_not_the_working_folder(corpus, monkeypatch):
     def fingerprint(name):
         return open_sources(DataConfig(text=[name]))[0].fingerprint()
@@ -317,137 +278,3 @@ def test_the_fingerprint_follows_content_names_and_times_but_not_the_working_fol
         with open(corpus / "b.txt", "a", encoding="utf-8") as file:
             file.write("more")
         assert fingerprint(name)["bytes"] > changed["bytes"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer([PROSE * 20, "word, word's  words " * 20], 400)
-
-
-def encode_whole(tokenizer, string):
-    return tokenizer(string, add_special_tokens=False)["input_ids"]
-
-
-def test_a_trained_tokenizer_is_lossless_and_starts_with_the_end_of_text_token(tokenizer):
-    assert tokenizer.eos_token == tokenizer.bos_token == "<|endoftext|>"
-    assert tokenizer.eos_token_id == 0
-    unseen = "Ünseen \x00 \u2028 русский\n"
-    assert tokenizer.decode(encode_whole(tokenizer, unseen)) == unseen
-
-
-def test_a_small_corpus_gives_a_smaller_vocabulary():
-    assert 257 < vocab_size_of(train_tokenizer(["abab abab"], 4096)) < 270
-    with pytest.raises(CocomixError, match="data.vocab_size is 256; .* at least 257"):
-        train_tokenizer(["text"], 256)
-
-
-def test_long_documents_are_cut_without_changing_a_token(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(text, "PIECE_CHARS", 1000)
-    monkeypatch.setattr(text, "_CUT_SEARCH_CHARS", 400)
-    monkeypatch.setattr(text, "_BATCH_CHARS", 2500)
-    long = "".join(f"{number} {PROSE}" for number in range(300))
-    one_line = "word, word's  words " * 1000
-    (tmp_path / "a.txt").write_bytes(long.encode())
-    write_jsonl(tmp_path / "b.jsonl", [{"text": one_line}])
-    stream = list(pieces(open_sources(DataConfig(text=[str(tmp_path)]))))
-    assert max(len(piece.text) for piece in stream) <= 1000
-    assert sum(piece.last for piece in stream) == 2
-    ids = [[], []]
-    for piece, part in tokenize(stream, tokenizer):
-        ids[piece.document] += part.tolist()
-    assert ids[0] == [*encode_whole(tokenizer, long), 0]
-    assert ids[1] == [*encode_whole(tokenizer, one_line), 0]
-
-
-def test_text_without_any_place_to_cut_is_still_read_whole_and_in_bounded_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "PIECE_CHARS", 100)
-    (tmp_path / "a.txt").write_text("é" * 1234, encoding="utf-8")
-    stream = list(pieces(open_sources(DataConfig(text=[str(tmp_path)]))))
-    assert "".join(piece.text for piece in stream) == "é" * 1234
-    assert max(len(piece.text) for piece in stream) <= 100
-
-
-def test_half_a_surrogate_pair_in_json_becomes_a_replacement_character(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b \\ud83d\\ude42"}\n', encoding="utf-8")
-    assert documents(tmp_path / "a.jsonl") == ["a\ufffdb 🙂"]
-
-
-def test_special_tokens_inside_a_text_are_text(tokenizer):
-    ((_, ids),) = tokenize([text.Piece(0, "a<|endoftext|>b", last=True)], tokenizer)
-    assert ids.tolist().count(0) == 1 and ids[-1] == 0
-    assert tokenizer.decode(ids[:-1].tolist()) == "a<|endoftext|>b"
-    assert 0 in encode_whole(tokenizer, "<|endoftext|>"), "the tokenizer itself must be left as it was"
-
-
-def stream_of(strings):
-    return [text.Piece(number, string, last=True) for number, string in enumerate(strings)]
-
-
-@pytest.mark.slow
-def test_several_processes_give_the_same_tokens_in_the_same_order(tokenizer, monkeypatch):
-    monkeypatch.setattr(text, "_BATCH_CHARS", 500)
-    stream = stream_of(f"{number} {PROSE}" * (1 + number % 5) for number in range(200))
-    alone, shared = (
-        [(piece, ids.tolist()) for piece, ids in tokenize(stream, tokenizer, processes)] for processes in (1, 3)
-    )
-    assert alone == shared and [piece for piece, _ in alone] == stream
-
-
-@pytest.mark.slow
-def test_a_tokenizing_process_that_dies_is_reported(tokenizer, monkeypatch):
-    monkeypatch.setattr(text, "_start_process", os.abort)  # takes no arguments, so the processes end as they start
-    with pytest.raises(CocomixError, match="one of the 2 processes that tokenize has died.*lower data.processes"):
-        list(tokenize(stream_of(["text"]), tokenizer, 2))
-
-
-def test_text_is_read_no_further_than_a_few_batches_ahead(tokenizer, monkeypatch):
-    monkeypatch.setattr(text, "_BATCH_CHARS", 100)
-    read = []
-
-    def stream():
-        for piece in stream_of("word " * 25 for _ in range(50)):
-            read.append(piece.document)
-            yield piece
-
-    for piece, _ in tokenize(stream(), tokenizer):
-        assert len(read) - piece.document <= 5
-    assert len(read) == 50
-
-
-# --- tiktoken: the tokenizer of the public code's `prepare`, from the same merges
-
-
-def tiktoken_of(tokenizer):
-    """The same byte-level BPE for tiktoken: bytes of every token, in the order in which they were merged."""
-    alphabet = {character: byte for byte, character in bytes_to_unicode().items()}
-    ranks = {
-        bytes(alphabet[character] for character in token): number
-        for token, number in tokenizer.get_vocab().items()
-        if token != text.END_OF_TEXT
-    }
-    pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""  # GPT-2's
-    return tiktoken.Encoding("small", pat_str=pattern, mergeable_ranks=ranks, special_tokens={text.END_OF_TEXT: 0})
-
-
-@pytest.mark.parametrize("long", [False, True])
-def test_token_files_are_those_that_tiktoken_makes(tmp_path, tokenizer, long, monkeypatch):
-    if long:
-        monkeypatch.setattr(text, "PIECE_CHARS", 300)
-        monkeypatch.setattr(text, "_CUT_SEARCH_CHARS", 150)
-    stories = [f"{number}: {PROSE}" * (1 + number % 4) + "  \n\n" * (number % 2) for number in range(30)]
-    write_jsonl(tmp_path / "stories.jsonl", [{"text": story} for story in stories])
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    encoding = tiktoken_of(tokenizer)
-    files = prepare(
-        DataConfig(
-            folder=str(tmp_path / "data"),
-            text=[str(tmp_path / "stories.jsonl")],
-            tokenizer=str(tmp_path / "tokenizer"),
-            val_fraction=0.2,
-        )
-    )
-    side, expected = Splitter(0.2), {"train": [], "val": []}
-    for number, story in enumerate(stories):
-        expected[side(text.Piece(number, story, True))] += [*encoding.encode_ordinary(story), encoding.eot_token]
-    for name, ids in expected.items():
-        assert (files.folder / f"{name}.bin").read_bytes() == np.array(ids, dtype=np.uint16).tobytes()

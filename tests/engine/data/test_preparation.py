@@ -1,0 +1,303 @@
+"""`cocomix data`: what is in the token files, when they are made anew, and what a failure leaves behind."""
+
+import builtins
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+from data_helpers import PROSE, story, write_jsonl
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from cocomix.core.config import DataConfig
+from cocomix.core.errors import CocomixError
+from cocomix.data import documents
+from cocomix.data.documents import Piece
+from cocomix.data.preparation import Splitter, prepare
+from cocomix.data.token_files import TokenFiles
+from cocomix.data.tokenizer import END_OF_TEXT, train_tokenizer
+
+
+def split_tokens(files: TokenFiles, name: str) -> list[int]:
+    return np.fromfile(files.folder / f"{name}.bin", dtype="<u2").tolist()
+
+
+def test_token_files_are_the_documents_each_followed_by_end_of_text(config):
+    files = prepare(config)
+    tokenizer = files.tokenizer()
+    expected, side = {"train": [], "val": []}, Splitter(0.2)
+    for number in range(60):
+        ids = tokenizer(story(number), add_special_tokens=False)["input_ids"]
+        expected[side(Piece(number, story(number), True))] += [*ids, files.eot_id]
+    for name in ("train", "val"):
+        assert split_tokens(files, name) == expected[name]
+        entry = files.meta["splits"][name]
+        assert entry["tokens"] == len(expected[name]) == files.split(name).n_tokens
+        assert entry["documents"] == expected[name].count(files.eot_id)
+        assert entry["sha256"] == hashlib.sha256((files.folder / f"{name}.bin").read_bytes()).hexdigest()
+        files.split(name).verify()
+    assert sum(files.meta["splits"][name]["text_bytes"] for name in expected) == sum(
+        len(story(number).encode()) for number in range(60)
+    )
+
+
+def test_the_vocabulary_is_the_tokenizers_own(config):
+    files = prepare(config)
+    assert files.vocab_size == len(files.tokenizer()) <= 400
+    assert files.eot_id == files.tokenizer().eos_token_id == 0
+
+
+def test_the_same_text_gives_the_same_bytes(config, tmp_path):
+    first = prepare(config)
+    config.folder = str(tmp_path / "again")
+    second = prepare(config)
+    assert first.split("train").fingerprint == second.split("train").fingerprint
+    assert first.split("val").fingerprint == second.split("val").fingerprint
+
+
+def test_a_given_tokenizer_is_used_and_kept(config, tmp_path):
+    train_tokenizer([story(1)], 300).save_pretrained(tmp_path / "given")
+    config.tokenizer = str(tmp_path / "given")
+    files = prepare(config)
+    assert files.vocab_size <= 300
+    assert files.tokenizer().get_vocab() == train_tokenizer([story(1)], 300).get_vocab()
+    config.vocab_size = 999  # has no meaning for a tokenizer that is given
+    prepare(config)
+
+
+def test_a_tokenizer_without_end_of_text_a_broken_and_a_large_one_are_refused(config, tmp_path):
+    config.tokenizer = str(tmp_path / "given")
+    (tmp_path / "given").mkdir()
+    with pytest.raises(CocomixError, match="given cannot be loaded"):
+        prepare(config)
+    tokenizer = train_tokenizer([story(1)], 300)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(config.tokenizer)
+    with pytest.raises(CocomixError, match="given has no end-of-text token"):
+        prepare(config)
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.add_tokens([f"token{number}" for number in range(65_500)])
+    tokenizer.save_pretrained(config.tokenizer)
+    with pytest.raises(CocomixError, match="at most 65536 ids"):
+        prepare(config)
+    assert not (tmp_path / "data" / "meta.json").exists()
+
+
+def test_max_tokens_ends_with_the_document_that_reaches_it(config, tmp_path):
+    whole = prepare(config)
+    config.folder, config.max_tokens = str(tmp_path / "less"), 1000
+    less = prepare(config)
+    for name in ("train", "val"):
+        tokens = split_tokens(less, name)
+        assert tokens and tokens[-1] == less.eot_id
+        assert tokens == split_tokens(whole, name)[: len(tokens)]
+    total = sum(less.split(name).n_tokens for name in ("train", "val"))
+    assert 1000 <= total < 1000 + len(less.tokenizer()(story(59))["input_ids"]) + 10
+
+
+def test_the_unigram_perplexity_is_that_of_the_training_frequencies(config):
+    files = prepare(config)
+    train, val = (split_tokens(files, name) for name in ("train", "val"))
+    nats = [-np.log((train.count(token) + 1) / (len(train) + files.vocab_size)) for token in val]
+    assert files.meta["val_unigram_perplexity"] == pytest.approx(np.exp(np.mean(nats)))
+
+
+def test_a_second_run_is_told_that_the_folder_is_up_to_date(config, capsys):
+    files = prepare(config)
+    stamp = (files.folder / "train.bin").stat().st_mtime_ns
+    capsys.readouterr()
+    assert prepare(config).meta == files.meta
+    assert "up to date" in capsys.readouterr().out
+    assert (files.folder / "train.bin").stat().st_mtime_ns == stamp
+
+
+def test_a_folder_made_from_something_else_is_left_alone(config, tmp_path):
+    files = prepare(config)
+    before = files.split("train").fingerprint
+    config.vocab_size = 500
+    with pytest.raises(CocomixError, match="data.vocab_size was 400 and is 500.*Set data.folder .* or delete"):
+        prepare(config)
+    config.vocab_size = 400
+    (tmp_path / "corpus" / "07.txt").write_text("changed", encoding="utf-8")
+    with pytest.raises(CocomixError, match="the text changed: .*60 files of .* then"):
+        prepare(config)
+    config.text.append("stdlib")
+    with pytest.raises(CocomixError, match="data.text was"):
+        prepare(config)
+    TokenFiles.open(config.folder).split("train").verify()
+    assert files.split("train").fingerprint == before
+
+
+def test_a_given_tokenizer_that_changed_counts_as_something_else(config, tmp_path):
+    config.tokenizer = str(tmp_path / "given")
+    train_tokenizer([story(1)], 300).save_pretrained(config.tokenizer)
+    prepare(config)
+    train_tokenizer([story(1)], 280).save_pretrained(config.tokenizer)
+    with pytest.raises(CocomixError, match="data.tokenizer_sha256 was"):
+        prepare(config)
+
+
+def test_a_full_disk_leaves_nothing_behind(config, monkeypatch):
+    class FullDisk:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exc):
+            self.file.close()
+
+        def write(self, data):
+            self.file.write(data[:10])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def full_open(path, mode="r", **options):
+        file = builtins.open(path, mode, **options)
+        return FullDisk(file) if "w" in mode else file
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cocomix.core.files.open", full_open, raising=False)
+        with pytest.raises(CocomixError, match="no room on disk while writing"):
+            prepare(config)
+    assert os.listdir(config.folder) == []
+    prepare(config).split("train").verify()
+
+
+def test_an_interrupted_run_starts_again_and_sweeps_up(config, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cocomix.data.preparation._save_tokenizer", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config)
+    ended, running = (subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) for _ in range(2))
+    ended.communicate(b"\n")
+    half = {process: Path(config.folder, f".train.bin.{process.pid}.part") for process in (ended, running)}
+    for path in half.values():
+        path.write_bytes(b"half")
+    with pytest.raises(CocomixError, match="description of the token files .* is missing"):
+        TokenFiles.open(config.folder)
+    prepare(config).split("train").verify()
+    running.communicate(b"\n")
+    assert sorted(os.listdir(config.folder)) == [half[running].name, "meta.json", "tokenizer", "train.bin", "val.bin"]
+
+
+def test_a_bad_record_in_the_middle_leaves_nothing_behind(config, tmp_path):
+    (tmp_path / "corpus" / "30.jsonl").write_text('{"text": "good"}\n{"text": "cut\n', encoding="utf-8")
+    with pytest.raises(CocomixError, match=r"30\.jsonl, line 2"):
+        prepare(config)
+    assert os.listdir(config.folder) == []
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(config, tmp_path):
+    (tmp_path / "data").write_text("in the way", encoding="utf-8")
+    with pytest.raises(CocomixError, match="data.folder: .*data cannot be made"):
+        prepare(config)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.05, 0.3, 0.5])
+def test_the_split_keeps_its_share_and_never_leaves_a_side_empty(fraction):
+    lengths = np.random.default_rng(0).lognormal(5, 1.5, size=5000).astype(int) + 1
+    side, chars = Splitter(fraction), {"train": 0, "val": 0}
+    for document, length in enumerate(lengths.tolist()):
+        name = side(Piece(document, "x" * length, True))
+        chars[name] += length
+        assert document > 1 or name == ("train", "val")[document]
+        # beyond the share goes at most the document that filled it, and short of it at most what came since
+        assert abs(chars["val"] - fraction * sum(chars.values())) <= lengths[: document + 1].max()
+
+
+def test_a_short_second_document_does_not_leave_validation_short():
+    side, texts = Splitter(0.1), ["x" * 1000, "x", "x" * 50, "x" * 500, "x" * 500]
+    assert [side(Piece(i, text, True)) for i, text in enumerate(texts)] == ["train", "val", "val", "val", "train"]
+
+
+def test_the_pieces_of_a_document_stay_together():
+    side = Splitter(0.5)
+    pieces = [Piece(0, "xx", False), Piece(0, "xx", True), Piece(1, "x" * 9, False), Piece(1, "x", True)]
+    assert [side(piece) for piece in pieces] == ["train", "train", "val", "val"]
+
+
+def test_one_document_is_split_by_tokens(config, tmp_path):
+    (tmp_path / "one.txt").write_text(story(3) * 20, encoding="utf-8")
+    config.text = [str(tmp_path / "one.txt")]
+    files = prepare(config)
+    train, val = split_tokens(files, "train"), split_tokens(files, "val")
+    whole = [*files.tokenizer()(story(3) * 20, add_special_tokens=False)["input_ids"], files.eot_id]
+    assert train + val == whole
+    assert len(val) == pytest.approx(0.2 * len(whole), abs=1)
+    for name in ("train", "val"):
+        files.split(name).verify()
+    assert sum(entry["text_bytes"] for entry in files.meta["splits"].values()) == len(story(3).encode()) * 20
+
+
+def test_one_character_still_makes_two_files(config, tmp_path):
+    (tmp_path / "one.txt").write_text("x", encoding="utf-8")
+    config.text = [str(tmp_path / "one.txt")]
+    files = prepare(config)
+    assert files.split("train").n_tokens == files.split("val").n_tokens == 1
+    assert files.vocab_size == 257
+
+
+def test_a_local_hugging_face_dataset_becomes_token_files(config, tmp_path):
+    (tmp_path / "rows").mkdir()
+    rows = "".join(json.dumps({"text": story(number)}) + "\n" for number in range(20))
+    (tmp_path / "rows" / "train.jsonl").write_text(rows, encoding="utf-8")
+    config.text = [f"hf:{tmp_path / 'rows'}"]
+    files = prepare(config)
+    decoded = files.tokenizer().decode(split_tokens(files, "train") + split_tokens(files, "val"))
+    assert sorted(decoded.split("<|endoftext|>")) == sorted(["", *(story(number) for number in range(20))])
+    prepare(config)
+    (tmp_path / "rows" / "train.jsonl").write_text(rows * 2, encoding="utf-8")
+    with pytest.raises(CocomixError, match="the text changed"):
+        prepare(config)
+
+
+# --- tiktoken: the tokenizer of the public code's `prepare`, from the same merges
+
+
+def tiktoken_of(tokenizer):
+    """The same byte-level BPE for tiktoken: bytes of every token, in the order in which they were merged."""
+    alphabet = {character: byte for byte, character in bytes_to_unicode().items()}
+    ranks = {
+        bytes(alphabet[character] for character in token): number
+        for token, number in tokenizer.get_vocab().items()
+        if token != END_OF_TEXT
+    }
+    pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""  # GPT-2's
+    return tiktoken.Encoding("small", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 0})
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_token_files_are_those_that_tiktoken_makes(tmp_path, tokenizer, long, monkeypatch):
+    if long:
+        monkeypatch.setattr(documents, "PIECE_CHARS", 300)
+        monkeypatch.setattr(documents, "_CUT_SEARCH_CHARS", 150)
+    stories = [f"{number}: {PROSE}" * (1 + number % 4) + "  \n\n" * (number % 2) for number in range(30)]
+    write_jsonl(tmp_path / "stories.jsonl", [{"text": text} for text in stories])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    encoding = tiktoken_of(tokenizer)
+    files = prepare(
+        DataConfig(
+            folder=str(tmp_path / "data"),
+            text=[str(tmp_path / "stories.jsonl")],
+            tokenizer=str(tmp_path / "tokenizer"),
+            val_fraction=0.2,
+        )
+    )
+    side, expected = Splitter(0.2), {"train": [], "val": []}
+    for number, text in enumerate(stories):
+        expected[side(Piece(number, text, True))] += [*encoding.encode_ordinary(text), encoding.eot_token]
+    for name, ids in expected.items():
+        assert (files.folder / f"{name}.bin").read_bytes() == np.array(ids, dtype=np.uint16).tobytes()

@@ -1,0 +1,20 @@
+"""Tokenizers that are trained on the text."""
+
+import pytest
+from data_helpers import encode_whole
+
+from cocomix.core.errors import CocomixError
+from cocomix.data.tokenizer import train_tokenizer, vocab_size_of
+
+
+def test_a_trained_tokenizer_is_lossless_and_starts_with_the_end_of_text_token(tokenizer):
+    assert tokenizer.eos_token == tokenizer.bos_token == "<|endoftext|>"
+    assert tokenizer.eos_token_id == 0
+    unseen = "Ünseen \x00 \u2028 русский\n"
+    assert tokenizer.decode(encode_whole(tokenizer, unseen)) == unseen
+
+
+def test_a_small_corpus_gives_a_smaller_vocabulary():
+    assert 257 < vocab_size_of(train_tokenizer(["abab abab"], 4096)) < 270
+    with pytest.raises(CocomixError, match="data.vocab_size is 256; .* at least 257"):
+        train_tokenizer(["text"], 256)
