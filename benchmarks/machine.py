@@ -13,7 +13,7 @@ _CACHES = 4  # "cold" means that this many caches' worth of other bytes came in 
 def free_cores(most: int = 4) -> int:
     """Cores that nothing else runs on just now, one to `most`: how many threads to use.
 
-    Threads that wait for one another on busy cores take a hundred times as long, which is no property of the code.
+    Threads that wait for one another on busy cores take a hundred times as long, which says nothing about the code.
     """
     running = []
     for _ in range(20):

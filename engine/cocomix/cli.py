@@ -22,7 +22,7 @@ EXIT_BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for input that the user can mend, 75 for an interrupted
+    """Run the command line and return its exit code: 0, 2 for input that the user can fix, 75 for an interrupted
     training run that was saved, 130 for any other interrupt."""
     options = _parse(arguments)
     command = _find(options.command)

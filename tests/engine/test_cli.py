@@ -261,7 +261,7 @@ def test_sigterm_leaves_no_half_written_file_and_the_command_can_be_run_again(
     with monkeypatch.context() as patch:
         patch.setattr(target, killed(pkgutil.resolve_name(target), at_call))
         assert call(world, command, *overrides) == 130
-    again = "starts again" if command == "data" else "goes on from what is complete"
+    again = "starts again" if command == "data" else "continues from what is complete"
     assert f"interrupted; the same command {again}" in capsys.readouterr().err
     assert signal.signal(signal.SIGTERM, handler) == signal.SIG_IGN
     assert not list(tmp_path.rglob("*.part"))
@@ -272,8 +272,8 @@ def test_sigterm_leaves_no_half_written_file_and_the_command_can_be_run_again(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "c.yaml"], "interrupted; with --resume it goes on from its last checkpoint"),
-        (["eval", "run"], "interrupted; with --tasks the same command goes on from what is complete"),
+        (["train", "c.yaml"], "interrupted; with --resume it continues from its last checkpoint"),
+        (["eval", "run"], "interrupted; with --tasks the same command continues from what is complete"),
         (["export", "run", "out"], "interrupted"),
     ],
 )

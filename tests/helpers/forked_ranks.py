@@ -31,7 +31,7 @@ def import_all() -> None:
         "transformers.models.auto.tokenization_auto",
     ):
         importlib.import_module(name)
-    gc.freeze()  # what is imported is no garbage: the ranks need not look through it
+    gc.freeze()  # what is imported is not garbage: the ranks need not look through it
     if len(os.listdir("/proc/self/task")) > 1:
         raise RuntimeError("this process has threads and must not fork")
 

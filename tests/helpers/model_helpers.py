@@ -155,7 +155,7 @@ def greedy(model, ids, n_new, **options):
 
 
 def left_padded(prompts, length):
-    """Prompts padded on the left with a token that is no zero, and their attention mask."""
+    """Prompts padded on the left with a token other than zero, and their attention mask."""
     ids = torch.full((len(prompts), length), 7)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):

@@ -8,7 +8,7 @@ from cocomix.commands.arguments import positive_int
 from cocomix.core.errors import CocomixError
 
 SUMMARY = "perplexity of checkpoints on token files or texts, or tasks of lm-evaluation-harness"
-WHEN_INTERRUPTED = "with --tasks the same command goes on from what is complete"
+WHEN_INTERRUPTED = "with --tasks the same command continues from what is complete"
 
 
 def add_arguments(parser):

@@ -2,8 +2,8 @@
 
 from cocomix.commands.arguments import add_config, read_config
 
-SUMMARY = "compute the cache of concept labels, or of soft targets; goes on where it stopped"
-WHEN_INTERRUPTED = "the same command goes on from what is complete"
+SUMMARY = "compute the cache of concept labels, or of soft targets; continues where it stopped"
+WHEN_INTERRUPTED = "the same command continues from what is complete"
 
 
 def add_arguments(parser):

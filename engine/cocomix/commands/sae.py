@@ -3,7 +3,7 @@
 from cocomix.commands.arguments import add_config, read_config
 
 SUMMARY = "train a TopK sparse autoencoder on a block of the teacher"
-WHEN_INTERRUPTED = "the same command goes on from what is complete"
+WHEN_INTERRUPTED = "the same command continues from what is complete"
 
 
 def add_arguments(parser):

@@ -3,7 +3,7 @@
 from cocomix.commands.arguments import add_config, read_config
 
 SUMMARY = "pretrain a student (model.mixing=none: the NTP baseline)"
-WHEN_INTERRUPTED = "with --resume it goes on from its last checkpoint"
+WHEN_INTERRUPTED = "with --resume it continues from its last checkpoint"
 
 
 def add_arguments(parser):

@@ -173,7 +173,7 @@ def read_json(path, what: str) -> dict:
     except (OSError, ValueError) as error:
         raise CocomixError(f"{what} cannot be read: {path}: {error}") from None
     if not isinstance(value, dict):
-        raise CocomixError(f"{what} cannot be read: {path} holds no JSON object")
+        raise CocomixError(f"{what} cannot be read: {path} does not hold a JSON object")
     return value
 
 

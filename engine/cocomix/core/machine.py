@@ -12,7 +12,7 @@ import torch
 
 COMMIT_VARIABLE = "COCOMIX_COMMIT"  # names the commit where the code is a copy without its history
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler announces every start and stop
-_CHECKOUT = Path(__file__).resolve().parents[3]  # where this is no installed copy
+_CHECKOUT = Path(__file__).resolve().parents[3]  # where this is not an installed copy
 _PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}  # of the square product whose rate stands for the chip
 _COLLECTIVES_END_S = 0.05  # by when gloo's threads have seen a collective's end and dropped its tensors
 _PRODUCTS = {"cpu": 1, "cuda": 20}  # in one measurement

@@ -17,11 +17,11 @@ class MappedFile:
     `array` is all of it, flat and read-only. `read` fetches the wanted part from disk in one request and nothing
     around it (the system, not told, fetches up to megabytes with each), and lets go of the pages afterwards, so
     the process's resident memory does not grow with what it has read; what the system keeps in its page cache stays
-    there. Raises `CocomixError`, ending in `mend`, unless the file is there with `n_bytes` bytes; `unit` says what the
-    numbers are.
+    there. Raises `CocomixError`, ending in `remedy`, unless the file is there with `n_bytes` bytes; `unit` says what
+    the numbers are.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype, n_bytes: int, *, unit: str, mend: str):
+    def __init__(self, path: Path, dtype: np.dtype, n_bytes: int, *, unit: str, remedy: str):
         self._dtype = np.dtype(dtype)
         try:
             with open(path, "rb") as file:
@@ -29,10 +29,10 @@ class MappedFile:
                 if size != n_bytes or size == 0:
                     width = self._dtype.itemsize
                     odd = f", an odd number for {width}-byte {unit}" if size % width else ""
-                    raise CocomixError(f"{path} has {size:,} bytes{odd}, expected {n_bytes:,}: {mend}")
+                    raise CocomixError(f"{path} has {size:,} bytes{odd}, expected {n_bytes:,}: {remedy}")
                 self._map = mmap.mmap(file.fileno(), n_bytes, access=mmap.ACCESS_READ)
         except FileNotFoundError:
-            raise CocomixError(f"there is no {path}: {mend}") from None
+            raise CocomixError(f"there is no {path}: {remedy}") from None
         self.array = np.frombuffer(self._map, self._dtype, n_bytes // self._dtype.itemsize)
 
     def read(self, start: int, count: int) -> np.ndarray:

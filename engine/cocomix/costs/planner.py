@@ -128,7 +128,9 @@ def _teacher(config):
     else:
         file = Path(name) / "config.json"
         if not file.is_file():
-            raise CocomixError(f"teacher.model={name} is no folder here, so its shape is not known: download it{cache}")
+            raise CocomixError(
+                f"teacher.model={name} is not a local folder, so its shape is unknown: download it{cache}"
+            )
         stored = _read_shape(file, "vocab_size")
         width, n_layer = (
             stored.get(a, stored.get(b)) for a, b in (("n_embd", "hidden_size"), ("n_layer", "num_hidden_layers"))

@@ -257,7 +257,7 @@ def _read_jsonl(path: Path, text_key: str) -> Iterator[list[str]]:
                 raise CocomixError(f"{path}, line {number}: not JSON: {error}") from None
             text = record.get(text_key) if isinstance(record, dict) else None
             if not isinstance(text, str):
-                found = f"its fields are {', '.join(record)}" if isinstance(record, dict) else "it is no object"
+                found = f"its fields are {', '.join(record)}" if isinstance(record, dict) else "it is not an object"
                 raise CocomixError(
                     f"{path}, line {number}: no text in the field {text_key!r}; {found}; set data.text_key"
                 )

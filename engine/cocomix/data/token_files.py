@@ -69,7 +69,7 @@ class TokenSplit:
     def __init__(self, path, n_tokens: int, vocab_size: int, fingerprint: str):
         self.path, self.n_tokens, self.vocab_size, self.fingerprint = Path(path), n_tokens, vocab_size, fingerprint
         self._file = MappedFile(
-            self.path, TOKEN_DTYPE, n_tokens * TOKEN_DTYPE.itemsize, unit="tokens", mend=_make_again(self.path.parent)
+            self.path, TOKEN_DTYPE, n_tokens * TOKEN_DTYPE.itemsize, unit="tokens", remedy=_make_again(self.path.parent)
         )
         self.tokens = self._file.array
 

@@ -1,4 +1,4 @@
-"""Tensors to a file while training goes on: PyTorch's asynchronous checkpointing with safetensors as its format."""
+"""Tensors to a file while training continues: PyTorch's asynchronous checkpointing with safetensors as its format."""
 
 import warnings
 from collections.abc import Callable

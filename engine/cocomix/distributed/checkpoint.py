@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the training state in pieces, written while training goes on, never taken for whole when half.
+"""Checkpoints of a run: the training state in pieces, written while training continues and complete or ignored.
 
 RUN/checkpoints/step-00000100/ holds trainer.json, model/ (the model's config and tokenizer) and state/ (one file a
 rank, see `training_state`). Every file is written aside and renamed, and a checkpoint is complete when it has
@@ -65,7 +65,7 @@ class CheckpointWriter:
         return self._written is not None and self._written.done() and self._written.exception() is not None
 
     def begin(self, engine, step: int, trainer_state: dict) -> None:
-        """Copy the state of step `step`, and write it while training goes on. `trainer_state` holds JSON values.
+        """Copy the state of step `step`, and write it while training continues. `trainer_state` holds JSON values.
 
         Waits for the last save first and raises what `finish` raises.
         """

@@ -17,7 +17,7 @@ from cocomix.distributed.launch import alone_unless_announced, announced_local_r
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: its number, how many there are, its device, and a group for talks between the hosts
+    """This process among all: its number, how many there are, its device, and a group for messages between the hosts
     that works while the devices' own group is busy or stuck."""
 
     rank: int

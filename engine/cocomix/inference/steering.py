@@ -68,9 +68,7 @@ def _number(value) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise CocomixError(
-            f"{value!r} is no strength that a concept can be steered with: expected a finite number; {SYNTAX}"
-        )
+        raise CocomixError(f"{value!r} is not a steering strength: expected a finite number; {SYNTAX}")
     return number
 
 
@@ -79,7 +77,7 @@ def check_concept(concept: int, n_concepts: int) -> int:
     try:
         number = operator.index(concept)
     except TypeError:
-        raise CocomixError(f"{concept!r} is no concept: expected a number from 0 to {n_concepts - 1}") from None
+        raise CocomixError(f"{concept!r} is not a concept: expected a number from 0 to {n_concepts - 1}") from None
     if not 0 <= number < n_concepts:
         raise CocomixError(f"there is no concept {number}: this model has the concepts 0 to {n_concepts - 1}")
     return number

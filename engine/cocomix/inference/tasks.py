@@ -2,7 +2,7 @@
 
 The harness is used as a library (github.com/EleutherAI/lm-evaluation-harness): its tasks, its scoring, its adapter for
 models of transformers. Every result is kept as soon as a task is done, so that an interrupted evaluation of many
-checkpoints goes on where it stopped.
+checkpoints continues where it stopped.
 """
 
 import contextlib

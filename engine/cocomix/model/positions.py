@@ -1,4 +1,4 @@
-"""Where a sequence of tokens that goes on keeps its past: caches and masks over tokens and over doubled positions."""
+"""What generation keeps of a sequence's past: caches and masks over tokens and over doubled positions."""
 
 import dataclasses
 

@@ -117,8 +117,8 @@ def _common_tokens(runs: list[Run]) -> int:
     if not common:
         reached = ", ".join(f"{run.folder}: {run.evaluations[-1]['tokens']:,} tokens" for run in runs)
         raise CocomixError(
-            f"the runs have no evaluation at equal tokens (last ones: {reached}); wait for a run that goes on, or "
-            "train with the same train.tokens, train.global_batch and train.eval_every"
+            f"the runs have no evaluation at equal tokens (last ones: {reached}); wait until the "
+            "runs have trained further, or train with the same train.tokens, train.global_batch and train.eval_every"
         )
     return max(common)
 

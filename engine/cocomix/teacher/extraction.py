@@ -20,7 +20,7 @@ def run(config: Config) -> None:
     other ranks, which need no more than a common folder.
 
     Each rank verifies and completes every `world`-th shard, then makes what others have left over: a rank that died or
-    never started. Run again, it goes on where it stopped, and makes damaged shards anew. Raises `CocomixError` where
+    never started. Run again, it continues where it stopped, and makes damaged shards anew. Raises `CocomixError` where
     teacher, SAE, token files or cache do not fit.
     """
     wanted = wanted_kinds(config) or (ConceptLabels(),)  # they depend on no student: others may learn from them

@@ -158,7 +158,7 @@ class SparseAutoencoder(nn.Module):
         }
         config |= {name: value for name, value in (("metrics", metrics), ("training", training)) if value is not None}
         with atomic_folder(folder) as aside:
-            # Bytes first: safetensors' own writer reports a full disk as an error that is no OSError.
+            # Bytes first: safetensors' own writer reports a full disk as an error that is not an OSError.
             (aside / "sae.safetensors").write_bytes(to_safetensors(self._tensors()))
             write_json(aside / "config.json", config)
 

@@ -108,7 +108,7 @@ def _torch_load(path: Path):
                 f"{path} needs unpickling, which could run any code and is refused: it holds more than tensors and "
                 "plain values; save its tensors as a dict, or use an SAE in another format"
             ) from None
-        raise CocomixError(f"{path} is no file that torch.save wrote, or a damaged one; {_SUPPORTED}") from None
+        raise CocomixError(f"{path} was not written by torch.save, or is damaged; {_SUPPORTED}") from None
     except Exception as error:  # torch.load promises no common base for what a damaged file raises
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CocomixError(f"{path} cannot be read, it may be truncated: {reason}; fetch or copy it again") from None
@@ -126,7 +126,7 @@ def _read_folder(folder: Path) -> dict:
     inner = [entry for entry in names if (folder / entry / "cfg.json").is_file()]
     if inner:
         raise CocomixError(f"{folder} holds several SAEs ({_listing(inner)}): name one of them")
-    raise CocomixError(f"{folder} is no SAE folder: it holds {_listing(names) or 'nothing'}; {_SUPPORTED}")
+    raise CocomixError(f"{folder} is not an SAE folder: it holds {_listing(names) or 'nothing'}; {_SUPPORTED}")
 
 
 def _read_own(folder: Path) -> dict:
@@ -150,7 +150,7 @@ def _read_sparsify(folder: Path) -> dict:
     config = read_json(folder / "cfg.json", "the sparsify config")
     for variant in ("transcode", "skip_connection", "embed_skip", "gram_lookup", "signed"):
         if config.get(variant):
-            raise CocomixError(f"{folder}: a sparsify coder with {variant} is no plain autoencoder; not supported")
+            raise CocomixError(f"{folder}: a sparsify coder with {variant} is not a plain autoencoder; not supported")
     activation = config.get("activation", "topk")
     if activation != "topk":
         raise CocomixError(f"{folder}: sparsify activation {activation!r} is not supported; topk is")

@@ -1,7 +1,7 @@
 """Training of TopK sparse autoencoders on a teacher's residual stream: `cocomix sae`.
 
 The recipe is that of "Scaling and evaluating sparse autoencoders" (Gao et al. 2024, arXiv 2406.04093). Everything a
-step does follows from its number and the settings, so that a run that was interrupted goes on bit for bit.
+step does follows from its number and the settings, so that a run that was interrupted continues bit for bit.
 """
 
 import dataclasses
@@ -215,7 +215,7 @@ def shuffled_batches(
     """Endless batches [batch_tokens, d] from blocks that are shuffled one at a time.
 
     `read_block(b)` returns block b, [block_tokens, d]. Batch s is a function of s and `seed` alone: an iterator
-    that starts at `start_step` goes on where one that started at 0 would be. No row is left out.
+    that starts at `start_step` continues where one that started at 0 would be. No row is left out.
     """
     first, offset = divmod(start_step * batch_tokens, block_tokens)
     pieces, wanted = [], batch_tokens
@@ -276,10 +276,10 @@ def load_state(path, d_model: int, config: SaeConfig, device, identity: dict) ->
 def run(config: Config) -> dict:
     """`cocomix sae`: train an SAE on block `teacher.layer` of `teacher.model` and save it to `teacher.sae`.
 
-    Returns the metrics on the validation split (those of `sae_metrics`). Goes on from `<teacher.sae>.partial.pt` where
-    an earlier run of the same settings, teacher and data was interrupted; returns at once when that SAE is already
-    there. Raises `CocomixError` for settings that do not fit the teacher or the data, and for a `teacher.sae` that
-    holds anything else.
+    Returns the metrics on the validation split (those of `sae_metrics`). Continues from `<teacher.sae>.partial.pt`
+    where an earlier run of the same settings, teacher and data was interrupted; returns at once when that SAE is
+    already there. Raises `CocomixError` for settings that do not fit the teacher or the data, and for a
+    `teacher.sae` that holds anything else.
     """
     folder = _output_folder(config)
     tokens = TokenFiles.open(config.data.folder)

@@ -21,7 +21,7 @@ _CHECKSUM_BYTES = 32
 _READ_BYTES = 1 << 20
 _HASH_CHARACTERS = 64
 _ABANDONED_S = 3600  # a shard that is being written changes with every batch of windows
-_MEND = "run `cocomix labels` again, which makes it anew"
+_REMEDY = "run `cocomix labels` again, which makes it anew"
 _VERSION = 1
 _NAMES = {
     "data": "other token files",
@@ -213,7 +213,7 @@ class ShardCache:
         if missing:
             raise CocomixError(
                 f"the {self.what} {self.folder} is incomplete: {missing} of {self.n_shards} shards are missing; "
-                "run `cocomix labels` again, it goes on where it stopped"
+                "run `cocomix labels` again, it continues where it stopped"
             )
         for shard in range(rank, self.n_shards, world):
             self._require_sound(shard, self._wrong_size(shard, self._path(shard).stat().st_size))
@@ -251,10 +251,12 @@ class ShardCache:
 
     def _require_sound(self, shard, damage):
         if damage:
-            raise CocomixError(f"{self._path(shard)} {damage}: {_MEND}")
+            raise CocomixError(f"{self._path(shard)} {damage}: {_REMEDY}")
 
     def _map_shard(self, shard):
-        return MappedFile(self._path(shard), _DTYPE, self._n_bytes(shard), unit=self.stem.replace("-", " "), mend=_MEND)
+        return MappedFile(
+            self._path(shard), _DTYPE, self._n_bytes(shard), unit=self.stem.replace("-", " "), remedy=_REMEDY
+        )
 
 
 def _is_abandoned(entry: os.DirEntry) -> bool:

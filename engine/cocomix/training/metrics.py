@@ -112,7 +112,7 @@ def _open_wandb(folder, project, settings):
 
 
 def progress_bar(title: str, total_steps: int, done: int, shown: bool):
-    """A bar over steps on standard error; where that is no terminal, a line every ten seconds."""
+    """A bar over steps on standard error; where that is not a terminal, a line every ten seconds."""
     on_terminal = sys.stderr.isatty()
     return (tqdm if on_terminal else _Lines)(
         total=total_steps,

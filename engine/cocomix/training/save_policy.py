@@ -15,7 +15,7 @@ from cocomix.training.agreement import any_rank
 
 
 class SavePolicy:
-    """The saves of a run, written while training goes on. All ranks call each method together.
+    """The saves of a run, written while training continues. All ranks call each method together.
 
     `saved_step` is the step of the newest checkpoint that is complete or being written, None where there is none.
     """
@@ -48,7 +48,7 @@ class SavePolicy:
         """Wait until the last save is written.
 
         Where it could not be, on any rank, raises `CocomixError`, or with train.continue_after_failed_save says so and
-        goes on: training is at `step`.
+        continues: training is at `step`.
         """
         try:
             self._writer.finish()
@@ -57,7 +57,7 @@ class SavePolicy:
                 raise
             self.saved_step = None
             if self._ranks.is_first:
-                tqdm.write(f"step {step}: a save failed and training goes on without it: {error}", file=sys.stderr)
+                tqdm.write(f"step {step}: a save failed; training continues without it: {error}", file=sys.stderr)
 
     def require_saved(self, step: int) -> None:
         """Raise `CocomixError` unless the newest checkpoint is that of `step`, the run's last one."""

@@ -28,7 +28,7 @@ EXIT_RESUME = 75  # the run was interrupted and saved: start it again with --res
 def train(config: Config, resume: bool = False, memory_warning: MemoryWarning | None = None) -> int:
     """`cocomix train`: pretrain, and return the exit code (0, or `EXIT_RESUME` when interrupted).
 
-    With `resume` the run goes on with the batch after its newest checkpoint (or starts where there is none).
+    With `resume` the run continues with the batch after its newest checkpoint (or starts where there is none).
     `memory_warning` says whether the GPUs' memory suffices. Raises `CocomixError` for input that does not fit.
     """
     run = Path(config.train.run)
@@ -126,7 +126,7 @@ class Trainer:
         self.step = self.saves.saved_step = state["step"]
         self.watch.restore(state["loss_watch"])
         if self.ranks.is_first and changes:
-            print(f"{self.run} goes on after step {self.step} with changes: {'; '.join(changes)}")
+            print(f"{self.run} continues after step {self.step} with changes: {'; '.join(changes)}")
         return state["elapsed_s"]
 
     def _state(self, log: RunLog) -> dict:

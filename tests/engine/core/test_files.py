@@ -315,7 +315,7 @@ def test_json_that_cannot_be_written_leaves_the_old_one(tmp_path):
         (None, "the thing is missing: there is no"),
         (b'{"cut": ', "the thing cannot be read"),
         (b"\xff\xfe\x00", "the thing cannot be read"),
-        (json.dumps([1]).encode(), "holds no JSON object"),
+        (json.dumps([1]).encode(), "does not hold a JSON object"),
     ],
 )
 def test_missing_and_broken_json_is_named(tmp_path, content, message):

@@ -69,7 +69,7 @@ def test_parameters_are_those_of_the_real_model_one_by_one(mixing):
 @pytest.mark.parametrize("mixing", MIXING)
 def test_training_flops_are_those_that_pytorchs_counter_counts(mixing, insert_layer):
     """Forward and backward pass of the model. Counted are all products with weights, both products of attention over
-    the causal half, and the heads' products; the compress layer's gather is no product for the counter."""
+    the causal half, and the heads' products; the compress layer's gather is not a product for the counter."""
     length, rows = 256, 2
     shape, model = build(mixing, length, insert_layer=insert_layer)
     ids = torch.randint(shape.vocab_size, (rows, length))

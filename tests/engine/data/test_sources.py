@@ -78,7 +78,7 @@ def test_every_line_of_a_jsonl_file_is_a_document(tmp_path, suffix):
         ('{"text": "cut', "not JSON"),
         ('{"body": "b"}', "its fields are body"),
         ('{"text": 3}', "no text in the field"),
-        ("[1]", "it is no object"),
+        ("[1]", "it is not an object"),
         ("\udcff", "not JSON"),
         ("[" * 100_000, "not JSON"),
     ],

@@ -57,7 +57,7 @@ def in_page_cache(descriptor, position):
 def test_a_window_is_fetched_without_what_lies_around_it(tmp_path):
     path, n_bytes = tmp_path / "numbers.bin", 16 << 20
     path.write_bytes(os.urandom(n_bytes))
-    mapped = MappedFile(path, "<u2", n_bytes, unit="tokens", mend="mend")
+    mapped = MappedFile(path, "<u2", n_bytes, unit="tokens", remedy="mend")
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

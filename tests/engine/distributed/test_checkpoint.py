@@ -293,7 +293,7 @@ def test_a_run_goes_on_after_a_failed_save_if_told_so(world, capsys, monkeypatch
     monkeypatch.setattr("safetensors.torch.save_file", fails_once)
     assert world.train("told", *settings(world), "train.continue_after_failed_save=true") == 0
     error = capsys.readouterr().err
-    assert "a save failed and training goes on without it: no room on disk" in error and "step-00000008" in error
+    assert "a save failed; training continues without it: no room on disk" in error and "step-00000008" in error
     assert steps(world, "told") == [4, 12]
     assert_equal_runs(world, "whole", "told")
 

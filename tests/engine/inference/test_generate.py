@@ -212,8 +212,8 @@ def test_a_name_stands_for_its_concept(world, tmp_path, capsys):
     [
         (["--steer", f"{LATENTS}=2"], f"no concept {LATENTS}: this model has the concepts 0 to {LATENTS - 1}"),
         (["--steer=-1=2"], "no concept -1"),
-        (["--steer", "3=much"], "'much' is no strength"),
-        (["--steer", "3=nan"], "'nan' is no strength"),
+        (["--steer", "3=much"], "'much' is not a steering strength"),
+        (["--steer", "3=nan"], "'nan' is not a steering strength"),
         (["--steer", "3"], "--steer 3: expected ID=OPERATION: ID=F or ID=xF multiplies"),
         (["--steer", "3=1", "--steer", "3=2"], "--steer names concept 3 twice"),
         (["--steer", "quotes=1"], "'quotes' is neither the number of a concept nor a name"),

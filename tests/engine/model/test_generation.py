@@ -245,7 +245,7 @@ def test_a_new_token_costs_the_same_whatever_went_before_but_for_attention(mixin
 
     with torch.no_grad():
         alone = sum(trace(lambda: model(ids[:, :1], use_cache=False).logits)[0].values())
-    assert products(1) == products(7) == products(50) == alone > 0  # attention is no product of the profile's
+    assert products(1) == products(7) == products(50) == alone > 0  # attention is not a product of the profile's
 
 
 # --- pipelines and the Trainer

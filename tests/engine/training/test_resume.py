@@ -127,7 +127,7 @@ def test_what_steers_the_run_takes_effect_from_the_resumed_step_on_and_is_named(
     capsys.readouterr()
     assert world.train(run, *uneven(world), "train.lr=5e-4", "train.grad_clip=0.5", resume=True) == 0
     out = capsys.readouterr().out
-    assert f"goes on after step {CUT} with changes: " in out
+    assert f"continues after step {CUT} with changes: " in out
     assert "train.lr was 0.001 and is 0.0005" in out and "train.grad_clip was 1.0 and is 0.5" in out
     before, after = world.losses(source, "lr"), world.losses(run, "lr")
     assert after[:CUT] == before[:CUT]

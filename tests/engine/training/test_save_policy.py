@@ -71,6 +71,6 @@ def test_told_so_it_goes_on_without_a_save_that_failed_and_says_so_once(policy, 
     saves.notice_failure(5)
     saves.notice_failure(6)
     assert saves.saved_step is None
-    assert capsys.readouterr().err == "step 5: a save failed and training goes on without it: no room\n"
+    assert capsys.readouterr().err == "step 5: a save failed; training continues without it: no room\n"
     saves.begin(8, {})
     assert saves.saved_step == 8

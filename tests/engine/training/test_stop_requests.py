@@ -42,5 +42,5 @@ def test_a_later_second_signal_ends_the_run_without_a_checkpoint(world, monkeypa
     monkeypatch.setattr("cocomix.training.stop_requests._ONE_REQUEST_S", 0)
     stop_at(monkeypatch, step=2, times=2)
     assert world.train("impatient", *uneven(world)) == 130
-    assert "with --resume it goes on" in capsys.readouterr().err
+    assert "with --resume it continues" in capsys.readouterr().err
     assert not (world.folder / "impatient/checkpoints").exists()
