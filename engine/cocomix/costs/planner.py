@@ -23,11 +23,11 @@ from cocomix.core.flops import (
     parameter_sizes,
     training_flops,
 )
-from cocomix.core.methods import CONCEPT_LABELS, SOFT_TARGETS, doubles_sequence, mixes_concepts, predicts_concepts
+from cocomix.core.methods import SOFT_TARGETS, doubles_sequence, mixes_concepts, predicts_concepts
 from cocomix.core.shapes import StudentShape, TeacherShape, student_shape
 from cocomix.costs.cluster import Cluster
 from cocomix.costs.footprint import WIDE, Footprint, Setup, footprint
-from cocomix.teacher.supervision import learns_from, wanted_kinds
+from cocomix.teacher.supervision import joint_shape, learns_from, wanted_kinds
 
 # Shapes by name, so that a plan needs no download: width, blocks, vocabulary.
 GPT2_SIZES = {"gpt2": (768, 12), "gpt2-medium": (1024, 24), "gpt2-large": (1280, 36), "gpt2-xl": (1600, 48)}
@@ -110,47 +110,31 @@ def _vocabulary(config):
 
 def _teacher(config):
     """The shape of what runs beside training, None where all comes from caches or nothing is needed."""
-    name = config.teacher.model
-    online = [kind.name for kind in wanted_kinds(config) if not kind.cache_folder(config)]
+    online = [kind for kind in wanted_kinds(config) if not kind.cache_folder(config)]
     if not online:
         return None
-    labels, soft_targets = CONCEPT_LABELS in online, SOFT_TARGETS in online
-    cache = (
-        f", or set {'concept_labels' if labels else 'distillation'}.cache"
-        if labels or config.distillation.top_k
-        else ""
-    )
-    if name is None:
-        raise CocomixError(f"{online[0]} need a teacher: set teacher.model{cache}")
+    cache = online[0].how_to_cache(config)
+    if config.teacher.model is None:
+        raise CocomixError(f"{online[0].name} need a teacher: set teacher.model{cache}")
+    language_model = _language_model_shape(config.teacher.model, cache)
+    return joint_shape([kind.teacher_shape(config, *language_model) for kind in online])
+
+
+def _language_model_shape(name, cache):
+    """Width, blocks and vocabulary; `cache` says what to do where they cannot be known."""
     known = GPT2_SIZES.get(name.removeprefix("openai-community/"))
     if known is not None:
-        width, n_layer, vocabulary = *known, GPT2_VOCABULARY
-    else:
-        file = Path(name) / "config.json"
-        if not file.is_file():
-            raise CocomixError(
-                f"teacher.model={name} is not a local folder, so its shape is unknown: download it{cache}"
-            )
-        stored = _read_shape(file, "vocab_size")
-        width, n_layer = (
-            stored.get(a, stored.get(b)) for a, b in (("n_embd", "hidden_size"), ("n_layer", "num_hidden_layers"))
-        )
-        vocabulary = stored["vocab_size"]
-        if width is None or n_layer is None:
-            raise CocomixError(f"{file} names neither n_embd and n_layer nor hidden_size and num_hidden_layers")
-    if not labels:
-        return TeacherShape(width, n_layer, 0, vocabulary, 0, labels_by=None, soft_targets=True)
-    if config.teacher.layer >= n_layer:
-        raise CocomixError(f"teacher.layer is {config.teacher.layer} but the teacher has blocks 0 to {n_layer - 1}")
-    return TeacherShape(
-        width,
-        n_layer,
-        config.teacher.layer,
-        vocabulary,
-        config.model.concept_dim,
-        config.teacher.labels_by,
-        soft_targets,
+        return *known, GPT2_VOCABULARY
+    file = Path(name) / "config.json"
+    if not file.is_file():
+        raise CocomixError(f"teacher.model={name} is not a local folder, so its shape is unknown: download it{cache}")
+    stored = _read_shape(file, "vocab_size")
+    width, n_layer = (
+        stored.get(a, stored.get(b)) for a, b in (("n_embd", "hidden_size"), ("n_layer", "num_hidden_layers"))
     )
+    if width is None or n_layer is None:
+        raise CocomixError(f"{file} names neither n_embd and n_layer nor hidden_size and num_hidden_layers")
+    return width, n_layer, stored["vocab_size"]
 
 
 def _read_shape(file, *keys):

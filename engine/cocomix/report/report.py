@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from cocomix.core.config import current_name
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import atomic_write
 from cocomix.core.tables import text_table
@@ -265,11 +266,13 @@ def _settings(runs: list[Run]) -> list[Markup]:
 
 
 def _flattened(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as {"section.key": text}."""
+    """Nested settings as {"section.key": text}, by the names that they have now."""
     flat = {}
     for key, value in config.items():
         if isinstance(value, dict) and value:
             flat |= _flattened(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            flat[current_name(f"{prefix}{key}")] = (
+                value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            )
     return flat

@@ -1,12 +1,13 @@
 """Concept labels: the SAE's latents that matter most at each token, which the student's concept head learns from."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cocomix.core.config import Config
 from cocomix.core.errors import CocomixError
 from cocomix.core.methods import CONCEPT_LABELS, labels_name, predicts_concepts
+from cocomix.core.shapes import TeacherShape
 from cocomix.data.token_files import TokenFiles
 from cocomix.teacher.label_cache import NONE, LabelCache
 from cocomix.teacher.supervision_kind import Source, SupervisionKind, Teacher
@@ -32,18 +33,46 @@ class ConceptLabels(SupervisionKind):
         """`concept_labels.cache`."""
         return config.concept_labels.cache
 
+    def how_to_cache(self, config: Config) -> str:
+        """It always can be."""
+        return ", or set concept_labels.cache"
+
     def title(self, config: Config) -> str:
         """By the rule that picks them."""
         return labels_name(config.teacher.labels_by)
 
-    def make_teacher(self, config: Config, tokens: TokenFiles, device: "torch.device", model=None) -> Teacher:
+    def load_teacher(self, config: Config, vocab_size: int, device: "torch.device", model=None) -> Teacher:
         """Language model and SAE of the config's `teacher:` section."""
         from cocomix.teacher.concept_teacher import ConceptTeacher
-        from cocomix.teacher.language_model import require_vocabulary
 
-        teacher = ConceptTeacher.from_config(config.teacher, device, model)
-        require_vocabulary(teacher.model, tokens)
-        return teacher
+        return ConceptTeacher.from_config(config.teacher, device, model)
+
+    def teacher_shape(self, config: Config, n_embd: int, n_layer: int, vocab_size: int) -> TeacherShape:
+        """A language model with an SAE of the student's concepts. Raises `CocomixError` where it lacks the block."""
+        teacher = config.teacher
+        if teacher.layer >= n_layer:
+            raise CocomixError(f"teacher.layer is {teacher.layer} but the teacher has blocks 0 to {n_layer - 1}")
+        return TeacherShape(n_embd, n_layer, teacher.layer, vocab_size, config.model.concept_dim, teacher.labels_by)
+
+    def random_teacher(self, config: Config, vocab_size: int, model: Any) -> Teacher:
+        """`model` with an SAE of the student's concepts."""
+        import torch
+
+        from cocomix.teacher.concept_teacher import ConceptTeacher
+        from cocomix.teacher.sae import SparseAutoencoder
+
+        width, latents = model.config.hidden_size, config.model.concept_dim
+        with torch.device(model.device):
+            encoder, decoder = (torch.randn(latents, width) * width**-0.5 for _ in range(2))
+            sae = SparseAutoencoder(
+                encoder, torch.zeros(latents), torch.zeros(width), decoder, config.model.concept_topk, normalize=True
+            )
+        teacher = config.teacher
+        return ConceptTeacher(model, sae.to(model.dtype), teacher.layer, teacher.label_topk, teacher.labels_by)
+
+    def random_source(self, config: Config, vocab_size: int) -> Source:
+        """K random concepts a token."""
+        return RandomLabels(config.model.concept_dim, config.data.seq_len, config.teacher.label_topk)
 
     def require_fit(self, config: Config, teacher: "ConceptTeacher") -> None:
         """The student needs a concept for each latent of the SAE."""
@@ -92,4 +121,23 @@ class _StudentsLabels:
                 f"the label cache {self.cache.folder} names concept {labels.max()} but model.concept_dim is "
                 f"{self.concept_dim}: set it to the number of the SAE's latents"
             )
+        return {"concept_labels": labels}
+
+
+class RandomLabels:
+    """Labels as a full cache holds them: K distinct concepts at every token but the last, which has none."""
+
+    def __init__(self, concept_dim: int, seq_len: int, label_topk: int):
+        if label_topk > concept_dim:
+            raise CocomixError(f"teacher.label_topk ({label_topk}) must be at most model.concept_dim ({concept_dim})")
+        self.concept_dim, self.seq_len, self.label_topk = concept_dim, seq_len, label_topk
+        self.fingerprints: dict[str, str] = {}
+
+    def window(self, index: int) -> dict[str, np.ndarray]:
+        """`concept_labels` int64 [T, K]."""
+        draw = np.random.default_rng((1, index))
+        first = draw.integers(self.concept_dim, size=(self.seq_len, 1))
+        stride = draw.integers(1, self.concept_dim // self.label_topk + 1, size=(self.seq_len, 1))
+        labels = (first + stride * np.arange(self.label_topk)) % self.concept_dim
+        labels[-1] = -1
         return {"concept_labels": labels}

@@ -88,7 +88,11 @@ class Supervision:
 
 def teacher_shape(teachers: Mapping[str, Teacher]) -> TeacherShape | None:
     """The shape of all `teachers`' work together; None where there are none."""
-    shapes = [teacher.shape for teacher in teachers.values()]
+    return joint_shape([teacher.shape for teacher in teachers.values()])
+
+
+def joint_shape(shapes: list[TeacherShape]) -> TeacherShape | None:
+    """The shape of the work of teachers that share one language model; None where there are none."""
     if not shapes:
         return None
     labelling = [shape for shape in shapes if shape.labels_by is not None]

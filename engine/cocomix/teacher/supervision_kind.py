@@ -64,13 +64,38 @@ class SupervisionKind(ABC):
         """The folder of its cache; None: the teacher works while training."""
 
     @abstractmethod
+    def how_to_cache(self, config: Config) -> str:
+        """ ", or set ..." for messages; empty where it cannot be cached."""
+
+    @abstractmethod
     def title(self, config: Config) -> str:
         """What people call it."""
 
     @abstractmethod
+    def load_teacher(self, config: Config, vocab_size: int, device: "torch.device", model=None) -> Teacher:
+        """Load its teacher for tokens of `vocab_size` ids; its language model may be there already. Raises
+        `CocomixError` where it cannot."""
+
     def make_teacher(self, config: Config, tokens: TokenFiles, device: "torch.device", model=None) -> Teacher:
-        """Load its teacher, whose language model may be there already. Raises `CocomixError` where that cannot be
-        loaded or does not know the tokens."""
+        """As `load_teacher`; raises `CocomixError` where the teacher does not know the tokens."""
+        from cocomix.teacher.language_model import require_vocabulary
+
+        teacher = self.load_teacher(config, tokens.vocab_size, device, model)
+        require_vocabulary(teacher.model, tokens)
+        return teacher
+
+    @abstractmethod
+    def teacher_shape(self, config: Config, n_embd: int, n_layer: int, vocab_size: int) -> TeacherShape:
+        """The shape of its teacher with a language model of that width, depth and vocabulary. Raises `CocomixError`
+        where they do not fit the config."""
+
+    @abstractmethod
+    def random_teacher(self, config: Config, vocab_size: int, model: Any) -> Teacher:
+        """Its teacher with `model` and, beside that, random weights: for profiles."""
+
+    @abstractmethod
+    def random_source(self, config: Config, vocab_size: int) -> Source:
+        """What a full cache would hold, at random: for profiles. Raises `CocomixError` where none could."""
 
     @abstractmethod
     def require_fit(self, config: Config, teacher: Any) -> None:

@@ -422,7 +422,7 @@ def test_shapes_come_from_token_files_and_the_teachers_folder(tmp_path):
     with pytest.raises(CocomixError, match="the teacher has blocks 0 to 2"):
         make_job(config, Cluster())
     config.teacher.model = "someone/else"
-    with pytest.raises(CocomixError, match="its shape is not known"):
+    with pytest.raises(CocomixError, match="its shape is unknown"):
         make_job(config, Cluster())
 
 

@@ -419,18 +419,6 @@ def test_methods_have_titles_and_what_they_cannot_have_is_refused(config_file):
             pass
 
 
-def test_random_soft_targets_are_such_as_a_cache_holds():
-    targets = profile_inputs.RandomSoftTargets(30, 16, 5)
-    for index in range(10):
-        window = targets.window(index)
-        ids, probabilities = window["soft_target_ids"], np.exp(window["soft_target_log_probs"].astype(np.float64))
-        assert ids.shape == probabilities.shape == (16, 5) and ids.dtype == np.int64 and 0 <= ids.min() < ids.max() < 30
-        assert all(len(set(row)) == 5 for row in ids.tolist())
-        assert (np.diff(probabilities) < 0).all() and np.allclose(probabilities.sum(1), 0.5, atol=1e-3)
-    with pytest.raises(CocomixError, match="distillation.top_k is 31 but the vocabulary has 30 tokens"):
-        profile_inputs.RandomSoftTargets(30, 16, 31)
-
-
 def test_the_product_rate_is_that_of_counted_operations():
     product = machine.ProductRate(CPU, torch.float32, side=1024)
     left, right = torch.randn(2, 1024, 1024)
@@ -466,18 +454,6 @@ def test_peak_memory_holds_weights_gradients_and_adams_state(shared):
 
 
 # Inputs
-
-
-def test_random_labels_are_such_as_a_cache_holds():
-    labels = profile_inputs.RandomLabels(40, 16, 3)
-    for index in range(20):
-        window = labels.window(index)["concept_labels"]
-        assert window.shape == (16, 3) and window.dtype == np.int64
-        assert (window[-1] == -1).all() and window[:-1].min() >= 0 and window.max() < 40
-        assert all(len(set(row)) == 3 for row in window[:-1].tolist())
-        assert (labels.window(index)["concept_labels"] == window).all()
-    with pytest.raises(CocomixError, match="label_topk"):
-        profile_inputs.RandomLabels(2, 16, 3)
 
 
 def test_all_modes_read_the_same_random_tokens(longer):

@@ -490,6 +490,17 @@ def test_the_page_shows_the_numbers_of_the_table_versions_and_settings(tmp_path,
     assert "model.mixing" in text and "settingNTPCoCoMix (cached labels)" in text.replace("\n", "")
 
 
+def test_a_setting_that_was_renamed_between_two_runs_does_not_differ(tmp_path):
+    folders = [write_run(tmp_path / name, "none", steps=100, name=name) for name in ("old", "new")]
+    for folder, section in zip(folders, ("labels", "concept_labels"), strict=True):
+        record = json.loads((folder / "run.json").read_text())
+        record["config"].pop("concept_labels", None)
+        record["config"][section] = {"cache": "a/folder"}
+        (folder / "run.json").write_text(json.dumps(record))
+    page = Page(write_report(list(map(load_run, folders)), tmp_path / "report")).text
+    assert page.count("concept_labels.cache=a/folder") == 2 and page.count("concept_labels.cache") == 2
+
+
 def test_hostile_names_reach_the_page_as_text(tmp_path):
     name = '<script>alert("1")</script> & $title $x^2$ ${y} id="a"'
     runs = [

@@ -1,9 +1,15 @@
+"""The kinds of supervision: which a method wants, what their work is together, and random ones."""
+
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from cocomix.core.config import Config, DistillationConfig, ModelConfig
+from cocomix.core.errors import CocomixError
 from cocomix.core.shapes import TeacherShape
+from cocomix.teacher.concept_labels import RandomLabels
+from cocomix.teacher.soft_targets import RandomSoftTargets
 from cocomix.teacher.supervision import KINDS, Supervision, learns_from, teacher_shape, wanted_kinds
 
 
@@ -43,3 +49,27 @@ def test_a_part_of_it_alone_keeps_its_fingerprints():
     assert whole.fingerprints() == {"the labels' data": "labels", "the soft targets' data": "soft targets"}
     assert whole.of("labels").fingerprints() == {"the labels' data": "labels"}
     assert (whole.kind("labels"), whole.of("labels").kind("soft targets")) == ("cached", None)
+
+
+def test_random_labels_are_such_as_a_cache_holds():
+    labels = RandomLabels(40, 16, 3)
+    for index in range(20):
+        window = labels.window(index)["concept_labels"]
+        assert window.shape == (16, 3) and window.dtype == np.int64
+        assert (window[-1] == -1).all() and window[:-1].min() >= 0 and window.max() < 40
+        assert all(len(set(row)) == 3 for row in window[:-1].tolist())
+        assert (labels.window(index)["concept_labels"] == window).all()
+    with pytest.raises(CocomixError, match="label_topk"):
+        RandomLabels(2, 16, 3)
+
+
+def test_random_soft_targets_are_such_as_a_cache_holds():
+    targets = RandomSoftTargets(30, 16, 5)
+    for index in range(10):
+        window = targets.window(index)
+        ids, probabilities = window["soft_target_ids"], np.exp(window["soft_target_log_probs"].astype(np.float64))
+        assert ids.shape == probabilities.shape == (16, 5) and ids.dtype == np.int64 and 0 <= ids.min() < ids.max() < 30
+        assert all(len(set(row)) == 5 for row in ids.tolist())
+        assert (np.diff(probabilities) < 0).all() and np.allclose(probabilities.sum(1), 0.5, atol=1e-3)
+    with pytest.raises(CocomixError, match="distillation.top_k is 31 but the vocabulary has 30 tokens"):
+        RandomSoftTargets(30, 16, 31)
