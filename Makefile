@@ -45,7 +45,7 @@ $(READY): setup.py constraints.txt
 # The ends of setup.py's ranges, each in an environment of its own.
 .venv-oldest/.ready: VERSIONS = -c constraints-oldest.txt
 .venv-newest/.ready: VERSIONS =
-.venv-oldest/.ready .venv-newest/.ready: PARTS = train,test
+.venv-oldest/.ready .venv-newest/.ready: PARTS = train,report,test
 .venv-oldest/.ready .venv-newest/.ready: setup.py constraints-oldest.txt
 	$(install)
 

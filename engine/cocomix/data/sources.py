@@ -20,6 +20,7 @@ from typing import Protocol
 
 from cocomix.core.config import DataConfig
 from cocomix.core.errors import CocomixError
+from cocomix.core.extras import needs
 
 _BLOCK_CHARS = 1 << 17  # of a plain text file that are read at a time
 _PARQUET_ROWS = 256  # that are read at a time
@@ -265,11 +266,9 @@ def _read_jsonl(path: Path, text_key: str) -> Iterator[list[str]]:
 
 
 def _read_parquet(path: Path, text_key: str) -> Iterator[list[str]]:
-    try:
+    with needs(str(path), "pyarrow", "cocomix[data]"):
         import pyarrow
         from pyarrow import parquet
-    except ImportError:
-        raise CocomixError(f"{path} needs pyarrow to be read: pip install 'cocomix[data]'") from None
     try:
         file = parquet.ParquetFile(path)
         columns = file.schema_arrow
@@ -317,7 +316,8 @@ class _HubDataset:
             yield [text or ""]
 
     def _rows(self) -> Iterator[dict]:
-        import datasets
+        with needs(self.name, "Hugging Face datasets", "cocomix[data]"):
+            import datasets
 
         try:
             yield from datasets.load_dataset(self.dataset, self.subset, split=self.split, streaming=True)

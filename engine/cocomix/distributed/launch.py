@@ -12,6 +12,7 @@ import sys
 import time
 
 from cocomix.core.errors import CocomixError
+from cocomix.core.extras import needs
 
 _QUIET_S = 10.0  # a process that waits longer for the first one says so
 _RETRY_S = 1.0
@@ -138,10 +139,11 @@ def _choose_interface(host: str) -> None:
     Left to itself gloo takes the address that the machine's own name stands for, which on many systems is the
     loopback's, and then no other machine can connect.
     """
-    import psutil
-
     if os.environ.get("GLOO_SOCKET_IFNAME"):
         return
+    with needs("training on several hosts", "psutil", "cocomix[train]"):
+        import psutil
+
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 1))  # sends nothing
         own = probe.getsockname()[0]

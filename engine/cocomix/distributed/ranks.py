@@ -12,6 +12,7 @@ import torch
 from torch.distributed import distributed_c10d
 
 from cocomix.core.errors import CocomixError
+from cocomix.core.extras import needs
 from cocomix.distributed.launch import alone_unless_announced, announced_local_rank, announced_ranks, meeting
 
 
@@ -139,10 +140,8 @@ def import_deepspeed():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    try:
+    with needs("training", "DeepSpeed", "cocomix[train]"):
         deepspeed = importlib.import_module("deepspeed")
-    except ModuleNotFoundError:
-        raise CocomixError("training needs DeepSpeed: pip install 'cocomix[train]'") from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not torch.cuda.is_available():
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cocomix.core.errors import CocomixError
+from cocomix.core.extras import needs
 from cocomix.core.files import read_json, write_json
 from cocomix.core.tables import text_table
 from cocomix.distributed.export import find_model, run_of
@@ -67,11 +68,9 @@ class _Harness:
     """lm-evaluation-harness with its tasks loaded once for all checkpoints."""
 
     def __init__(self, options: TaskOptions):
-        try:
+        with needs("--tasks", "lm-evaluation-harness", "cocomix[eval]"):
             import lm_eval
             from lm_eval import tasks
-        except ImportError as error:
-            raise CocomixError(f"--tasks needs lm-evaluation-harness: pip install 'cocomix[eval]' ({error})") from None
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self._options = options
         self._manager = self._find_tasks(tasks.TaskManager)

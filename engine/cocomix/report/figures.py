@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cocomix.core.extras import needs
 from cocomix.report.runs import Run, fixed, is_number, significant, titles
 
 # Okabe and Ito's colours; line styles and markers carry the difference where a printer has no colours.
@@ -289,7 +290,8 @@ def draw_figures(runs: list[Run]) -> list[tuple[FigureEntry, str, bytes]]:
 
 def draw(entry: FigureEntry, *arguments) -> tuple[FigureEntry, str, bytes] | None:
     """A figure of `arguments` with its SVG element and its PNG bytes; None where there is nothing to show."""
-    import matplotlib
+    with needs("the figures of a report", "matplotlib", "cocomix[report]"):
+        import matplotlib
 
     with matplotlib.rc_context(_FIGURE_STYLE | {"svg.hashsalt": entry.name}):
         figure = entry.draw(*arguments)

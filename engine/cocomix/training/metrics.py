@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from cocomix.core.config import TrainConfig
-from cocomix.core.errors import CocomixError
+from cocomix.core.extras import needs
 from cocomix.core.files import atomic_write, explain_full_disk
 
 
@@ -94,20 +94,14 @@ class MetricsLog:
 
 
 def _open_tensorboard(folder, from_step):
-    try:
+    with needs("train.tensorboard=true", "TensorBoard", "cocomix[train]"):
         from torch.utils.tensorboard import SummaryWriter
-    except ModuleNotFoundError:
-        raise CocomixError(
-            "train.tensorboard needs TensorBoard: pip install 'cocomix[train]', or set train.tensorboard=false"
-        ) from None
     return SummaryWriter(folder / "tensorboard", purge_step=from_step + 1)
 
 
 def _open_wandb(folder, project, settings):
-    try:
+    with needs("train.wandb_project", "wandb", "cocomix[wandb]"):
         import wandb  # pyright: ignore[reportMissingImports]  an optional library
-    except ModuleNotFoundError:
-        raise CocomixError("train.wandb_project needs wandb: pip install wandb") from None
     return wandb.init(project=project, name=folder.name, dir=folder, config=settings, resume="allow", id=folder.name)
 
 

@@ -93,7 +93,7 @@ def test_tensorboard_mirrors_numbers_and_forgets_steps_that_are_done_again(tmp_p
 @pytest.mark.parametrize(
     ("module", "settings", "message"),
     [
-        ("wandb", {"wandb_project": "p"}, "pip install wandb"),
+        ("wandb", {"wandb_project": "p"}, r"cocomix\[wandb\]"),
         ("torch.utils.tensorboard", {"tensorboard": True}, r"cocomix\[train\]"),
     ],
 )
