@@ -20,6 +20,7 @@ from cocomix.core.methods import MIXING, predicts_concepts
 LABELS_BY = ("attribution", "activation")
 ATTENTION_BACKENDS = ("torch", "triton", "flash", "cudnn")
 PRECISIONS = ("fp32", "bf16")
+AUTO = "auto"  # a precision that the machine decides, see `cocomix.core.precision`
 ZERO_STAGES = (0, 1, 2, 3)
 
 RENAMED = {"labels": "concept_labels"}  # sections by the names that they had in earlier versions, which are still read
@@ -71,7 +72,8 @@ class TeacherConfig:
     label_topk: int = positive(4)  # K
     # or activation: label the largest latents, whatever they do for the next token
     labels_by: str = one_of("attribution", LABELS_BY)
-    dtype: str = one_of("fp32", PRECISIONS)  # of the teacher's forward and backward pass
+    # of the teacher's forward and backward pass; auto: by what the machine multiplies fastest
+    dtype: str = one_of("fp32", (*PRECISIONS, AUTO))
 
 
 @dataclass
@@ -125,7 +127,8 @@ class TrainConfig:
     eps: float = positive(1e-8)
     weight_decay: float = not_negative(0.1)
     grad_clip: float = positive(1.0)
-    precision: str = one_of("fp32", PRECISIONS)  # fp32 | bf16 (fp32 master weights)
+    # fp32 | bf16 (fp32 master weights) | auto: by what the machine multiplies fastest
+    precision: str = one_of("fp32", (*PRECISIONS, AUTO))
     # DeepSpeed splits over the ranks: 1 optimizer state, 2 gradients too, 3 weights too; 0 nothing
     zero_stage: int = one_of(1, ZERO_STAGES, "0, 1, 2 or 3")
     offload_optimizer: bool = False  # optimizer state and step on the CPU

@@ -24,6 +24,7 @@ from cocomix.core.flops import (
     training_flops,
 )
 from cocomix.core.methods import SOFT_TARGETS, doubles_sequence, mixes_concepts, predicts_concepts
+from cocomix.core.precision import settled
 from cocomix.core.shapes import StudentShape, TeacherShape, student_shape
 from cocomix.costs.cluster import Cluster
 from cocomix.costs.footprint import WIDE, Footprint, Setup, footprint
@@ -89,7 +90,9 @@ class Job:
 
 
 def make_job(config: Config, cluster: Cluster, vocab_size: int | None = None) -> Job:
-    """Collect the shapes. Raises `CocomixError` where the vocabulary or the teacher's shape cannot be known."""
+    """Collect the shapes; a precision of `auto` is a GPU's. Raises `CocomixError` where the vocabulary or the teacher's
+    shape cannot be known."""
+    config, _ = settled(config, "cuda", {})
     shape = student_shape(config, vocab_size or _vocabulary(config))
     return Job(config, shape, _teacher(config), cluster)
 

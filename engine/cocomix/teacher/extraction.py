@@ -8,11 +8,12 @@ from tqdm import tqdm
 
 from cocomix.core.config import Config
 from cocomix.core.errors import CocomixError
+from cocomix.core.precision import say_precision, settled
 from cocomix.data.token_files import TokenFiles
 from cocomix.distributed.ranks import own_device, rank_and_world
 from cocomix.teacher.concept_labels import ConceptLabels
 from cocomix.teacher.shard_cache import ShardCache
-from cocomix.teacher.supervision import wanted_kinds
+from cocomix.teacher.supervision import cached_precision, wanted_kinds
 
 
 def run(config: Config) -> None:
@@ -31,6 +32,9 @@ def run(config: Config) -> None:
     if not wanted_kinds(config) and rank_and_world()[0] == 0:
         print(f"note: model.mixing={config.model.mixing} learns from no labels; these are for other students")
     device, tokens, model = own_device(), TokenFiles.open(config.data.folder), None
+    config, notes = settled(config, device.type, cached_precision(config))
+    if rank_and_world()[0] == 0:
+        say_precision(notes, has_teacher=True, trains=False)
     for kind in cached:
         teacher = kind.make_teacher(config, tokens, device, model)
         model = teacher.model  # all teachers share one

@@ -4,6 +4,7 @@ The recipe is that of "Scaling and evaluating sparse autoencoders" (Gao et al. 2
 step does follows from its number and the settings, so that a run that was interrupted continues bit for bit.
 """
 
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -25,6 +26,7 @@ from cocomix.core.config import Config, SaeConfig
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import atomic_write, require_space
 from cocomix.core.origin import differences
+from cocomix.core.precision import say_precision, settled
 from cocomix.data.token_files import TokenFiles
 from cocomix.data.windows import WindowOrder
 from cocomix.model.pretrained import fingerprint, load_language_model
@@ -259,7 +261,7 @@ def load_state(path, d_model: int, config: SaeConfig, device, identity: dict) ->
     if not path.is_file():
         return None
     state = new_state(d_model, config, device)
-    try:
+    with _explain_damage(path):
         content = torch.load(path, map_location=device, weights_only=True)
         if content["identity"] != json.dumps(identity, sort_keys=True):
             return None
@@ -267,10 +269,23 @@ def load_state(path, d_model: int, config: SaeConfig, device, identity: dict) ->
         state.optimizer.load_state_dict(content["optimizer"])
         state.silent_tokens, state.smoothed = content["silent_tokens"], content["smoothed"]
         state.step = content["step"]
-    except Exception as error:  # torch.load promises no common base for what a damaged file raises
+    return state
+
+
+def _identity_of_state(path: Path) -> dict:
+    """The identity that `save_state` wrote. Raises `CocomixError` for a file that cannot be read."""
+    with _explain_damage(path):
+        return json.loads(torch.load(path, map_location="meta", weights_only=True)["identity"])
+
+
+@contextlib.contextmanager
+def _explain_damage(path: Path):
+    """Turn what a damaged training state raises into a `CocomixError`."""
+    try:
+        yield
+    except Exception as error:  # torch.load promises no common base
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CocomixError(f"the training state {path} cannot be read: {reason}; delete it to start afresh") from None
-    return state
 
 
 def run(config: Config) -> dict:
@@ -284,6 +299,8 @@ def run(config: Config) -> dict:
     folder = _output_folder(config)
     tokens = TokenFiles.open(config.data.folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config, notes = settled(config, device.type, _begun_with(folder))
+    say_precision(notes, has_teacher=True, trains=False)
     model = load_language_model(config.teacher.model).to(device, DTYPES[config.teacher.dtype]).eval()
     _check_teacher(model, tokens, config)
     identity = _identity(config, model, tokens)
@@ -421,6 +438,16 @@ def _identity(config: Config, model, tokens) -> dict:
     settings |= {"teacher.layer": config.teacher.layer, "teacher.dtype": config.teacher.dtype}
     settings |= {"data.seq_len": config.data.seq_len, "teacher": fingerprint(model)}
     return settings | {f"data.{name}": tokens.split(name).fingerprint for name in ("train", "val")}
+
+
+def _begun_with(folder: Path) -> dict[str, str]:
+    """{"teacher.dtype": that of the training which `folder` or the state beside it is from}, where there is one."""
+    training: dict = {}
+    if (folder / "config.json").is_file():
+        training = read_saved_config(folder).get("training") or {}
+    elif _partial_path(folder).is_file():
+        training = _identity_of_state(_partial_path(folder))
+    return {name: training[name] for name in ("teacher.dtype",) if name in training}
 
 
 def _finished_metrics(folder: Path, identity: dict) -> dict | None:

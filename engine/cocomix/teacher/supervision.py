@@ -3,6 +3,7 @@ training run has of them."""
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,8 @@ from cocomix.teacher.supervision_kind import Source, SupervisionKind, Teacher
 if TYPE_CHECKING:
     import torch
 
+_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}  # by PyTorch's names, which caches keep
+
 KINDS: tuple[SupervisionKind, ...] = (ConceptLabels(), SoftTargets())
 
 
@@ -28,6 +31,17 @@ def wanted_kinds(config: Config) -> tuple[SupervisionKind, ...]:
 def learns_from(config: Config) -> tuple[str, ...]:
     """The names of the kinds that the config's student learns from."""
     return tuple(kind.name for kind in wanted_kinds(config))
+
+
+def cached_precision(config: Config) -> dict[str, str]:
+    """{"teacher.dtype": the precision of the teacher that the config's caches are from}, where there is a cache."""
+    for kind in KINDS:
+        folder = kind.cache_folder(config)
+        if folder and (Path(folder) / "meta.json").is_file():
+            dtype = kind.cache_class.open(folder).fingerprints.get("dtype")
+            if dtype in _PRECISIONS:
+                return {"teacher.dtype": _PRECISIONS[dtype]}
+    return {}
 
 
 class Supervision:

@@ -8,6 +8,9 @@ import cocomix_kernels as kernels
 from cocomix.core.config import Config, current_name
 from cocomix.core.errors import CocomixError
 from cocomix.core.origin import differences
+from cocomix.core.precision import SETTINGS as PRECISION_SETTINGS
+from cocomix.distributed.checkpoint import latest_checkpoint, read_trainer_state
+from cocomix.teacher.supervision import cached_precision
 
 # Settings that a resumed run may change, with all below them. The first group leaves the trajectory alone (up to
 # rounding, where the work is split otherwise); the second one steers it on purpose.
@@ -78,6 +81,13 @@ def code_fingerprint() -> str:
             digest.update(file.relative_to(root).as_posix().encode())
             digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def precision_begun_with(config: Config) -> dict[str, str]:
+    """What the caches and the newest checkpoint of the config's run say of its precisions, by the settings' names."""
+    checkpoint = latest_checkpoint(config.train.run)
+    stored = {} if checkpoint is None else read_trainer_state(checkpoint)["identity"]
+    return cached_precision(config) | {name: stored[name] for name in PRECISION_SETTINGS if name in stored}
 
 
 def require_same_run(stored: dict, now: dict, checkpoint) -> list[str]:

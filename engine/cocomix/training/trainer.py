@@ -4,6 +4,7 @@ from pathlib import Path
 
 from cocomix.core.config import Config
 from cocomix.core.errors import CocomixError
+from cocomix.core.precision import say_precision, settled
 from cocomix.data.token_files import TokenFiles
 from cocomix.distributed.checkpoint import latest_checkpoint, load_checkpoint, read_trainer_state
 from cocomix.distributed.export import export_checkpoint
@@ -14,7 +15,7 @@ from cocomix.training.deepspeed_engine import build_engine
 from cocomix.training.divergence_watch import DivergenceWatch
 from cocomix.training.interval import Interval
 from cocomix.training.memory_warning import MemoryWarning, warn_of_memory
-from cocomix.training.resume import code_fingerprint, identity, require_same_run
+from cocomix.training.resume import code_fingerprint, identity, precision_begun_with, require_same_run
 from cocomix.training.run_description import describe_run
 from cocomix.training.run_log import RunLog
 from cocomix.training.save_policy import SavePolicy
@@ -59,6 +60,7 @@ class Trainer:
     """One training run: what it is made of, and the loop over it."""
 
     def __init__(self, config: Config, ranks: Ranks, memory_warning: MemoryWarning | None = None):
+        config, notes = settled(config, ranks.device.type, precision_begun_with(config))
         self.config, self.ranks, self.run = config, ranks, Path(config.train.run)
         tokens = TokenFiles.open(config.data.folder)
         self.train_split = tokens.split("train")
@@ -67,6 +69,8 @@ class Trainer:
         self.supervision = Supervision.from_config(config, tokens, ranks.device)
         self.identity = identity(config, self.train_split.fingerprint, self.supervision.fingerprints())
         require_agreement(ranks, self.identity | {"the code": code_fingerprint()})
+        if ranks.is_first:
+            say_precision(notes, has_teacher=bool(self.supervision.teachers))
         warn_of_memory(memory_warning, config, tokens.vocab_size, ranks)
         model = build_student(config, tokens.vocab_size, tokens.eot_id)
         n_parameters = sum(parameter.numel() for parameter in model.parameters())  # at stage 3 they become empty

@@ -21,11 +21,13 @@ from run_helpers import (
     write_text,
 )
 
+from cocomix.cli import main
 from cocomix.core.errors import CocomixError
 from cocomix.core.methods import CONCEPT_LABELS
 from cocomix.data.preparation import prepare
 from cocomix.data.token_files import TokenFiles
 from cocomix.report.runs import load_run
+from cocomix.teacher.label_cache import LabelCache
 from cocomix.teacher.supervision import Supervision
 
 # ---------------------------------------------------------------------------------------------- the numbers
@@ -72,6 +74,34 @@ def test_bf16_stays_near_fp32_and_exports_its_fp32_masters(world):
     assert any((tensor != tensor.bfloat16().float()).any() for tensor in weights.values())
     # Adam moves an entry by up to lr a step whatever its gradient's size, so near-zero gradients may part
     assert_close_weights(weights, world.weights("fp32"), atol=1e-3 * STEPS)
+
+
+def test_a_run_on_another_processor_keeps_the_precision_that_it_began_with(world, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    overrides = [*uneven(world), "train.precision=auto", "teacher.dtype=auto"]
+    stop_at(monkeypatch, 7)
+    assert world.train("auto", *overrides) == 75
+    assert "train.precision=auto: bf16, since this processor multiplies it in hardware" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+    assert world.train("auto", *overrides, resume=True) == 0
+    assert "train.precision=auto: bf16, since what is continued began with it" in capsys.readouterr().out
+    assert json.loads((world.folder / "auto/run.json").read_text())["config"]["train"]["precision"] == "bf16"
+    assert world.train("named", *uneven(world), "train.precision=bf16") == 0
+    assert_equal_runs(world, "auto", "named")
+
+
+def test_online_labels_follow_the_precision_of_a_cache(world, monkeypatch, capsys):
+    """So that a cache which another machine filled can be trained from, and filled further."""
+    cache = f"concept_labels.cache={world.folder}/labels"  # in fp32
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert main(["labels", str(world.config), cache, "teacher.dtype=auto"]) == 0
+    assert "teacher.dtype=auto: fp32, since what is continued began with it" in capsys.readouterr().out
+    assert world.train("auto-labels", cache, "teacher.dtype=auto") == 0
+    assert "teacher.dtype" not in capsys.readouterr().out  # no teacher computes
+    fresh = f"concept_labels.cache={world.folder}/fresh-labels"
+    assert main(["labels", str(world.config), fresh, "teacher.dtype=auto"]) == 0
+    assert "teacher.dtype=auto: bf16, since this processor" in capsys.readouterr().out
+    assert LabelCache.open(world.folder / "fresh-labels").fingerprints["dtype"] == "bfloat16"
 
 
 def test_metrics_hold_what_the_report_reads(world):
