@@ -17,7 +17,7 @@ the CUDA cores at a tenth of the speed or less. Row statistics are kept in base 
 """
 
 # Triton's language has types of its own, which checkers take for something else.
-# pyright: basic, reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: basic
 
 import math
 from typing import Any

@@ -8,7 +8,7 @@ bounds k. Products are summed and compared in float32.
 """
 
 # Triton's language has types of its own, which checkers take for something else.
-# pyright: basic, reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: basic
 
 import torch
 import triton

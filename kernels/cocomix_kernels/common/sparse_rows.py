@@ -11,7 +11,7 @@ slices be the slow axis of the grid: while one slice of all tokens is at work, C
 """
 
 # Triton's language has types of its own, which checkers take for something else.
-# pyright: basic, reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: basic
 
 from typing import NamedTuple
 

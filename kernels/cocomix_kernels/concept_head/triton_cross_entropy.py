@@ -8,7 +8,7 @@ small buffer, so that they are added in one order, whatever the schedule.
 """
 
 # Triton's language has types of its own, which checkers take for something else.
-# pyright: basic, reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: basic
 
 import torch
 import triton

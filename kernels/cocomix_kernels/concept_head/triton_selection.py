@@ -12,7 +12,7 @@ Many small blocks rather than few large ones: while one warp selects, which is l
 """
 
 # Triton's language has types of its own, which checkers take for something else.
-# pyright: basic, reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: basic
 
 import math
 

@@ -11,7 +11,7 @@ biases a scatter into one row; both are deterministic.
 """
 
 # Triton's language has types of its own, which checkers take for something else.
-# pyright: basic, reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: basic
 
 import torch
 import triton
