@@ -8,17 +8,18 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from cocomix_kernels.concept_head.op import ConceptHead
-from cocomix_kernels.lm_loss.distillation import DistillationLoss, FullTargets
+from cocomix_kernels.lm_loss.distillation import DistillationLoss, FullTargets, TopTargets
 
 
-def _sorted_topk(logits, k):
+def _sorted_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values, indices = torch.sort(logits, dim=-1, descending=True, stable=True)
     return values[..., :k], indices[..., :k]
 
 
-def concept_head(x, weight, bias, k, labels=None):
+def concept_head(x: Tensor, weight: Tensor, bias: Tensor, k: int, labels: Tensor | None = None) -> ConceptHead:
     """Linear layer, TopK of its logits and the multi-label cross-entropy, with the [N, C] logits in full."""
     logits = x @ weight.T + bias  # [N, C]
     values, indices = _sorted_topk(logits, k)
@@ -31,13 +32,13 @@ def concept_head(x, weight, bias, k, labels=None):
     return ConceptHead(values, indices, per_token.sum() / (count > 0).sum().clamp(min=1))
 
 
-def topk_linear(x, weight, bias, k, *, relu=False):
+def topk_linear(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, relu: bool = False) -> tuple[Tensor, Tensor]:
     """Linear layer and TopK of its outputs, optionally with ReLU after the selection."""
     values, indices = _sorted_topk(x @ weight.T + bias, k)
     return (values.relu() if relu else values), indices
 
 
-def concept_attribution(values, indices, grad, decoder, label_topk):
+def concept_attribution(values: Tensor, indices: Tensor, grad: Tensor, decoder: Tensor, label_topk: int) -> Tensor:
     """Dense attribution a * (decoder @ g), then the largest strictly positive entries, -1 where there are none."""
     n_tokens, n_concepts = values.shape[0], decoder.shape[0]
     latents = torch.zeros(n_tokens, n_concepts, dtype=values.dtype, device=values.device)
@@ -48,25 +49,45 @@ def concept_attribution(values, indices, grad, decoder, label_topk):
     return torch.where(best > 0, labels, -1)
 
 
-def _concepts(values, indices, weight, bias, pre_bias, mean, std):
+def _concepts(
+    values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor, pre_bias: Tensor, mean: Tensor, std: Tensor
+) -> Tensor:
     code = torch.zeros(*values.shape[:2], weight.shape[0], dtype=values.dtype, device=values.device)
     code = code.scatter(2, indices, values)
     return (code @ weight.to(code.dtype) + bias + pre_bias) * std + mean
 
 
-def concept_mix(hidden, values, indices, weight, bias, pre_bias, mean, std):
+def concept_mix(
+    hidden: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    pre_bias: Tensor,
+    mean: Tensor,
+    std: Tensor,
+) -> Tensor:
     """Dense sparse-code vector, linear layer, de-normalisation, then h and c interleaved by stack and view."""
     batch, length, width = hidden.shape
     concept = _concepts(values, indices, weight, bias, pre_bias, mean, std)
     return torch.stack([hidden, concept.to(hidden.dtype)], dim=2).view(batch, 2 * length, width)
 
 
-def concept_add(hidden, values, indices, weight, bias, pre_bias, mean, std):
+def concept_add(
+    hidden: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    pre_bias: Tensor,
+    mean: Tensor,
+    std: Tensor,
+) -> Tensor:
     """Dense sparse-code vector, linear layer, de-normalisation, then h + c."""
     return hidden + _concepts(values, indices, weight, bias, pre_bias, mean, std).to(hidden.dtype)
 
 
-def interleaved_attention(q, k, v, *, scale=None):
+def interleaved_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
     """Softmax attention with an explicit mask; queries sit at every position or at the odd ones."""
     n_queries, n_keys = q.shape[1], k.shape[1]
     positions = torch.arange(n_keys, device=q.device)
@@ -76,12 +97,20 @@ def interleaved_attention(q, k, v, *, scale=None):
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
 
 
-def linear_cross_entropy(x, weight, labels, *, ignore_index=-100):
+def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
     """Logits in full and their mean cross-entropy."""
     return F.cross_entropy(x @ weight.T, labels, ignore_index=ignore_index)
 
 
-def linear_distillation(x, weight, labels, targets, distillation_weight, *, ignore_index=-100):
+def linear_distillation(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    targets: FullTargets | TopTargets,
+    distillation_weight: float,
+    *,
+    ignore_index: int = -100,
+) -> DistillationLoss:
     """Logits in full, cross-entropy and KL; beside kept targets, all other tokens are one more."""
     kept = labels != ignore_index
     logits = x[kept] @ weight.T  # [n, V]

@@ -1,20 +1,24 @@
 """Settings: dataclasses, YAML files over them, `key.sub=value` overrides, and their validation."""
 
+# Default factories of lists and mappings have no types.
+# pyright: reportUnknownVariableType=false
+
 import dataclasses
 import difflib
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cocomix.core.checks import checked, not_negative, one_of, positive, problems
 from cocomix.core.errors import CocomixError
+from cocomix.core.files import AnyPath
 from cocomix.core.methods import MIXING, predicts_concepts
 
 LABELS_BY = ("attribution", "activation")
@@ -176,14 +180,14 @@ class Config:
         return math.ceil(self.train.tokens / self.tokens_per_step)
 
 
-def load_config(path, overrides: list[str] = ()) -> Config:
+def load_config(path: AnyPath, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `key.sub=value` overrides and validate.
 
     A file may name another one under `base:` (relative to itself), whose settings it then changes. A section's earlier
     name (`RENAMED`) is read with a note on stderr. Raises `CocomixError` for a missing file, an unknown key (with the
     nearest known one), a value of the wrong type, a section by two names and values that contradict each other.
     """
-    notes = []
+    notes: list[str] = []
     sources = [_read_with_base(Path(path), [], notes), *(_read_override(text, notes) for text in overrides)]
     _refuse_two_names({text.partition("=")[0].partition(".")[0] for text in overrides}, "overrides")
     if notes and os.environ.get("RANK", "0") == "0":
@@ -204,7 +208,7 @@ def load_config(path, overrides: list[str] = ()) -> Config:
     return config
 
 
-def _read_with_base(path: Path, seen: list[Path], notes: list[str]):
+def _read_with_base(path: Path, seen: list[Path], notes: list[str]) -> tuple[DictConfig, str]:
     if path.resolve() in seen:
         raise CocomixError(f"{path}: its `base:` leads back to itself")
     try:
@@ -213,7 +217,7 @@ def _read_with_base(path: Path, seen: list[Path], notes: list[str]):
         raise CocomixError(f"no config file at {path}") from None
     except Exception as error:  # YAML's own errors have no common base that OmegaConf promises
         raise CocomixError(f"{path} is not valid YAML: {error}") from None
-    if not OmegaConf.is_dict(content):
+    if not isinstance(content, DictConfig):
         raise CocomixError(f"{path} holds no settings: expected sections such as `model:` and `train:`")
     base = content.pop("base", None)
     content = _with_current_names(content, str(path), notes)
@@ -222,11 +226,11 @@ def _read_with_base(path: Path, seen: list[Path], notes: list[str]):
         if not isinstance(base, str):
             raise CocomixError(f"{path}: `base:` must name a file, not {base}")
         parent, _ = _read_with_base(path.parent / base, [*seen, path.resolve()], notes)
-        content = OmegaConf.merge(parent, content)
+        content = cast(DictConfig, OmegaConf.merge(parent, content))
     return content, str(path)
 
 
-def _read_override(text: str, notes: list[str]):
+def _read_override(text: str, notes: list[str]) -> tuple[DictConfig, str]:
     key, equals, _ = text.partition("=")
     if not equals or not key:
         raise CocomixError(f"override {text!r}: expected key.sub=value, for example train.lr=3e-4")
@@ -245,22 +249,22 @@ def current_name(name: str) -> str:
     return RENAMED.get(section, section) + dot + key
 
 
-def _with_current_names(source, where: str, notes: list[str]):
+def _with_current_names(source: DictConfig, where: str, notes: list[str]) -> DictConfig:
     """A source's sections by their current names; `notes` gets what to tell the user."""
     old = [name for name in source if name in RENAMED]
     _refuse_two_names(source, where)
     notes += [f"{where}: `{name}` is called `{RENAMED[name]}` now; the old name is still read" for name in old]
-    plain = cast(dict, OmegaConf.to_container(source, resolve=False))
+    plain = cast(dict[str, Any], OmegaConf.to_container(source, resolve=False))
     return OmegaConf.create({RENAMED.get(name, name): value for name, value in plain.items()}) if old else source
 
 
-def _refuse_two_names(sections, where: str) -> None:
+def _refuse_two_names(sections: Container[str], where: str) -> None:
     for old, new in RENAMED.items():
         if old in sections and new in sections:
             raise CocomixError(f"{where}: `{old}` is an old name of `{new}`: use {new} alone")
 
 
-def _check_keys(node, schema, where: str, prefix: str = "") -> None:
+def _check_keys(node: DictConfig, schema: Any, where: str, prefix: str = "") -> None:
     """Raise `CocomixError` for unknown keys, and for a section, list or mapping where something else is expected."""
     known = {f.name: f for f in dataclasses.fields(schema)}
     for key in node:
@@ -268,12 +272,12 @@ def _check_keys(node, schema, where: str, prefix: str = "") -> None:
             near = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.5)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(known)}"
             raise CocomixError(f"{where}: unknown key {prefix}{key}; {hint}")
-        section, value = known[key].default_factory, cast(dict, OmegaConf.to_container(node))[key]
+        section, value = cast(Any, known[key].default_factory), cast(dict[str, Any], OmegaConf.to_container(node))[key]
         if dataclasses.is_dataclass(section):
             if not isinstance(value, dict):
                 raise CocomixError(f"{where}: {prefix}{key} is a section, not a value; write {prefix}{key}.KEY")
             _check_keys(node[key], section, where, f"{prefix}{key}.")
-        elif section in (list, dict) and isinstance(value, (list, dict)) and not isinstance(value, section):
+        elif section in (list, dict) and type(value) in (list, dict) and type(value) is not section:
             raise CocomixError(f"{where}: {prefix}{key}: expected a {'list' if section is list else 'mapping'}")
 
 

@@ -8,9 +8,13 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Generator
 from pathlib import Path
+from typing import IO, Any, cast
 
 from cocomix.core.errors import CocomixError
+
+AnyPath = str | os.PathLike[str]
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # How safetensors and tokenizers say it, which raise no OSError.
@@ -18,7 +22,7 @@ _FULL_DISK_IN_RUST = re.compile(rf"os error ({'|'.join(map(str, _FULL_DISK))})\b
 
 
 @contextlib.contextmanager
-def explain_full_disk(path):
+def explain_full_disk(path: AnyPath) -> Generator[None]:
     """Turn "no space left on device" inside the block into a `CocomixError` that names `path`."""
     try:
         yield
@@ -39,7 +43,7 @@ def _means_full_disk(error: Exception) -> bool:
     return _FULL_DISK_IN_RUST.search(str(error)) is not None
 
 
-def require_space(path, n_bytes: int) -> None:
+def require_space(path: AnyPath, n_bytes: int) -> None:
     """Raise `CocomixError` unless the disk that will hold `path` has `n_bytes` bytes free."""
     folder = Path(path).absolute()
     while not folder.exists():
@@ -53,7 +57,7 @@ def require_space(path, n_bytes: int) -> None:
 
 
 @contextlib.contextmanager
-def _explain_refusal(path):
+def _explain_refusal(path: AnyPath) -> Generator[None]:
     """Turn whatever else the system objects to while `path` is put in place into a `CocomixError` that names it."""
     with explain_full_disk(path):
         try:
@@ -76,7 +80,7 @@ def _make_room_aside(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def atomic_path(path):
+def atomic_path(path: AnyPath) -> Generator[Path]:
     """Yield a name beside `path`; the file that the block writes there takes the name `path` when the block ends
     without an exception. Raises `CocomixError` as `atomic_write` does."""
     path = Path(path)
@@ -93,7 +97,7 @@ def atomic_path(path):
 
 
 @contextlib.contextmanager
-def atomic_write(path, mode: str = "wb"):
+def atomic_write(path: AnyPath, mode: str = "wb") -> Generator[IO[Any]]:
     """Open a file that appears under `path` only when the block ends without an exception.
 
     `mode` is "wb" or "w" (UTF-8). Raises `CocomixError` when the disk is full or the place cannot be written;
@@ -107,7 +111,7 @@ def atomic_write(path, mode: str = "wb"):
 
 
 @contextlib.contextmanager
-def atomic_folder(path):
+def atomic_folder(path: AnyPath) -> Generator[Path]:
     """Yield a folder to fill; it takes the place of `path` only when the block ends without an exception.
 
     Its contents reach the disk before it takes the place; an old folder is deleted only after that. A crash of the
@@ -157,14 +161,14 @@ def sync_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path, value) -> None:
+def write_json(path: AnyPath, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic_write(path, "w") as file:
         json.dump(value, file, indent=2)
         file.write("\n")
 
 
-def read_json(path, what: str) -> dict:
+def read_json(path: AnyPath, what: str) -> dict[str, Any]:
     """Read a JSON object. `what` names it in the `CocomixError` that a missing or broken file raises."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -174,10 +178,10 @@ def read_json(path, what: str) -> dict:
         raise CocomixError(f"{what} cannot be read: {path}: {error}") from None
     if not isinstance(value, dict):
         raise CocomixError(f"{what} cannot be read: {path} does not hold a JSON object")
-    return value
+    return cast(dict[str, Any], value)
 
 
-def sha256_of_file(path) -> str:
+def sha256_of_file(path: AnyPath) -> str:
     """SHA-256 of a file's bytes, hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,10 +5,14 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
+
+T = TypeVar("T")
 
 COMMIT_VARIABLE = "COCOMIX_COMMIT"  # names the commit where the code is a copy without its history
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler announces every start and stop
@@ -18,9 +22,9 @@ _COLLECTIVES_END_S = 0.05  # by when gloo's threads have seen a collective's end
 _PRODUCTS = {"cpu": 1, "cuda": 20}  # in one measurement
 
 
-def describe(device: torch.device) -> dict:
+def describe(device: torch.device) -> dict[str, Any]:
     """Device, driver, versions and commit, as every file of figures holds them."""
-    found = {"device": _cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device)}
+    found: dict[str, Any] = {"device": _cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device)}
     if device.type == "cuda":
         found |= {"driver": _driver(), "cuda": torch.version.cuda}
     return found | {
@@ -43,7 +47,7 @@ def commit() -> str:
     return _output("git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*") or "unknown"
 
 
-def _cpu_name():
+def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -52,19 +56,19 @@ def _cpu_name():
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _driver():
+def _driver() -> str:
     return (_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown").splitlines()[0]
 
 
-def _triton_version():
+def _triton_version() -> str | None:
     try:
-        import triton
+        import triton  # pyright: ignore[reportMissingTypeStubs]
     except ImportError:
         return None
     return triton.__version__
 
 
-def _output(*command):
+def _output(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=_CHECKOUT)
     except (OSError, subprocess.TimeoutExpired):
@@ -98,7 +102,7 @@ class ProductRate:
         return products * 2 * self.side**3 / (time.perf_counter() - start)
 
 
-def peak_bytes(function, device: torch.device):
+def peak_bytes(function: Callable[[], T], device: torch.device) -> tuple[int, T]:
     """Call `function` and return (the most bytes that tensors took above those at the start, what it returned)."""
     gc.collect()
     if device.type == "cuda":
@@ -110,19 +114,20 @@ def peak_bytes(function, device: torch.device):
         return torch.cuda.max_memory_allocated(device) - before, result
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
         result = function()
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]  # pyright: ignore[reportOptionalMemberAccess]  PyTorch's profiler, once it has run
+    recorded = cast(Any, profiled.profiler).kineto_results.events()  # untyped
+    events = [event for event in recorded if event.name() == "[memory]"]
     held = np.cumsum([0] + [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
     return int(held.max()), result
 
 
-def kept_bytes(function, device: torch.device):
+def kept_bytes(function: Callable[[], T], device: torch.device) -> tuple[int, T]:
     """Call `function` and return (bytes of tensors that are alive after it and were not before, what it returned)."""
     before = _live_bytes(device)
     result = function()
     return _live_bytes(device) - before, result
 
 
-def _live_bytes(device):
+def _live_bytes(device: torch.device) -> int:
     """Bytes of all tensors on a GPU; on a CPU, where the profiler misses what other threads free, as those of
     collectives do, of the memory behind all tensors that Python holds."""
     synchronize(device)

@@ -5,11 +5,12 @@ from typing import Any, TypeVar
 import msgspec
 
 from cocomix.core.errors import CocomixError
+from cocomix.core.files import AnyPath
 
 Record = TypeVar("Record")
 
 
-def as_record(kind: type[Record], values: Any, path) -> Record:
+def as_record(kind: type[Record], values: Any, path: AnyPath) -> Record:
     """The dataclass `kind`, whose fields may be dataclasses again, from JSON values by name.
 
     Keys that it does not know are left out, so that files of later versions can be read. Raises `CocomixError`, naming

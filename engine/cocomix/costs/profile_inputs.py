@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ def baseline(config: Config) -> Config:
 
 def student_shape(config: Config, vocab_size: int | None) -> StudentShape:
     """The shape of the config's student. Raises `CocomixError` where nothing tells the vocabulary."""
-    shape = make_job(baseline(config), None, vocab_size).shape  # the teacher's shape is not wanted here
+    shape = make_job(baseline(config), cast(Any, None), vocab_size).shape  # the teacher's shape is not wanted here
     return dataclasses.replace(shape, mixing=config.model.mixing)
 
 
@@ -100,4 +101,4 @@ def _random_gpt2(config, device, vocab_size):
                 eos_token_id=None,
             )
         )
-    return model.to(DTYPES[config.teacher.dtype])
+    return cast(Any, model).to(DTYPES[config.teacher.dtype])

@@ -152,7 +152,7 @@ class Splitter:
 
     def __init__(self, val_fraction: float):
         self._fraction, self._document, self._side = val_fraction, -1, "train"
-        self._chars = dict.fromkeys(SPLITS, 0)
+        self._chars: dict[str, int] = dict.fromkeys(SPLITS, 0)
 
     def __call__(self, piece: Piece) -> str:
         """The side of a piece's document; pieces come in order."""
@@ -166,7 +166,7 @@ class Splitter:
 @contextlib.contextmanager
 def _progress(sources: list[Source], what: str):
     sizes = [source.plain_bytes for source in sources]
-    total = None if None in sizes else sum(sizes)
+    total = None if None in sizes else sum(size for size in sizes if size is not None)
     with tqdm(desc=what, total=total, unit="B", unit_scale=True) as progress:
         yield progress
 

@@ -13,10 +13,10 @@ import os
 import platform
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 from cocomix.core.config import DataConfig
 from cocomix.core.errors import CocomixError
@@ -61,7 +61,7 @@ def open_sources(config: DataConfig) -> list[Source]:
         _open_source(entry["path"], replace(config, text_key=entry.get("text_key", config.text_key)))
         for entry in entries
     ]
-    weights = [entry.get("weight") for entry in entries]
+    weights: list[Any] = [entry.get("weight") for entry in entries]
     if all(weight is None for weight in weights):
         return sources
     if None in weights:
@@ -155,7 +155,7 @@ def _some(name: str, files: list[Path]) -> list[Path]:
     return files
 
 
-def _walk(root: Path, skip: set[str] = frozenset()) -> Iterator[Path]:
+def _walk(root: Path, skip: Set[str] = frozenset()) -> Iterator[Path]:
     def refuse(error: OSError):
         raise CocomixError(f"{error.filename} cannot be read: {error.strerror}") from error
 
@@ -249,7 +249,7 @@ def _read_jsonl(path: Path, text_key: str) -> Iterator[list[str]]:
     from fsspec.implementations.local import LocalFileSystem
 
     with _explain_unreadable(path), LocalFileSystem().open(str(path), "rb", compression="infer") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(cast(Iterable[bytes], file), start=1):
             if line.isspace():
                 continue
             try:

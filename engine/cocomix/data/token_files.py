@@ -106,7 +106,7 @@ class TokenSplit:
         digest, start = hashlib.sha256(), 0
         for tokens in scan(self.path):
             self._require_known(tokens, start)
-            digest.update(tokens)
+            digest.update(tokens.data)
             start += len(tokens)
         if digest.hexdigest() != self.fingerprint:
             raise CocomixError(

@@ -26,7 +26,7 @@ def tokenize(stream: Iterable[Piece], tokenizer, processes: int = 1) -> Iterator
     puts a space before every text puts one before every piece. One process uses all cores through the tokenizer's own
     threads; more share the cores, which is faster where there are many. Raises `CocomixError` where one of them dies.
     """
-    ahead = deque()
+    ahead: deque[tuple[list[Piece], Future]] = deque()
     try:
         with _workers(tokenizer, processes) as workers:
             for batch in _batches(stream):

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -50,13 +51,14 @@ class BackgroundWriter:
     ) -> Future:
         """Copy `tensors` (any device) to host memory and return; the file at `path` appears, whole, when the future is
         done. `before` is called in the background first. `failure` says what went wrong."""
-        return async_save(  # pyright: ignore[reportReturnType]  a future, without an asynchronous stager's answer
+        saving = async_save(
             tensors,
             storage_writer=_SafetensorsFile(path, metadata, before),
             async_stager=self._stager,
             process_group=self._group,
             no_dist=True,
         )
+        return cast(Future, saving)  # a future, without an asynchronous stager's answer
 
 
 def failure(written: Future) -> BaseException | None:
@@ -78,7 +80,7 @@ class _SafetensorsFile(StorageWriter):
         from safetensors.torch import save_file
 
         self._before()
-        tensors = {item.index.fqn: planner.resolve_data(item) for item in plan.items}
+        tensors = {item.index.fqn: cast(torch.Tensor, planner.resolve_data(item)) for item in plan.items}
         with atomic_path(self._path) as aside:
             save_file(tensors, aside, metadata=self._metadata)
         written = torch.futures.Future()

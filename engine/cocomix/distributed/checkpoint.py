@@ -105,9 +105,10 @@ class CheckpointWriter:
         Returns its folder, None where nothing was begun. Raises `CocomixError` on all ranks where one could not write,
         for example on a full disk: the older checkpoints are untouched then.
         """
-        if self._written is None:
+        written, folder = self._written, self._folder
+        if written is None or folder is None:
             return None
-        error, folder = failure(self._written), self._folder
+        error = failure(written)
         self._written = self._folder = None
         message = self._ranks.first_of(None if error is None else _in_words(error, folder))
         if message is None:

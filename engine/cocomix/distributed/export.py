@@ -5,11 +5,15 @@ import math
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import atomic_folder, read_json, require_space
 from cocomix.distributed.checkpoint import latest_checkpoint, read_trainer_state
 from cocomix.distributed.training_state import read_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _INDEX = "model.safetensors.index.json"
 
@@ -53,7 +57,7 @@ def run_of(path) -> Path | None:
     return next((folder for folder in (path, *path.parents) if is_run(folder)), None)
 
 
-def load_model(path):
+def load_model(path) -> "PreTrainedModel":
     """The model of a run, a checkpoint or a transformers folder, in float32, frozen and in evaluation mode.
 
     Raises `CocomixError` where there is none, and where its files are damaged or incomplete.

@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch.distributed import DistError, DistStoreError
@@ -54,7 +55,7 @@ def failures_named(ranks: Ranks):
     if ranks.world == 1:
         yield
         return
-    names = [None] * ranks.world
+    names: list[Any] = [None] * ranks.world
     torch.distributed.all_gather_object(names, _this_rank(ranks), group=ranks.control)
     try:
         yield

@@ -7,6 +7,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, cast
 
 import torch
 from torch.distributed import distributed_c10d
@@ -111,7 +112,7 @@ def process_group(timeout_minutes: float):
                 timeout=timeout,
                 verbose=False,
             )
-            control = torch.distributed.new_group(backend="gloo", timeout=timeout)
+            control = cast(torch.distributed.ProcessGroup, torch.distributed.new_group(backend="gloo", timeout=timeout))
         ranks = Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), device, control)
         try:
             yield ranks
@@ -144,5 +145,5 @@ def import_deepspeed():
         deepspeed = importlib.import_module("deepspeed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not torch.cuda.is_available():
-        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+        cast(Any, importlib.import_module("deepspeed.comm.torch")).build_shm_op = lambda: None
     return deepspeed

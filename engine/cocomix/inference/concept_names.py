@@ -1,5 +1,6 @@
 """Names that people give to concepts: a JSON file beside the model, {"4217": "quotes"}."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from cocomix.core.errors import CocomixError
@@ -20,7 +21,7 @@ def read_names(folder) -> dict[int, str]:
     return {int(concept): name for concept, name in names.items()}
 
 
-def add_names(folder, assignments: list[str], n_concepts: int) -> dict[int, str]:
+def add_names(folder, assignments: Sequence[str], n_concepts: int) -> dict[int, str]:
     """Write names given as "4217=quotes" (without a name: forget it) and return all there are now.
 
     Raises `CocomixError` for an assignment that is none, an id out of range, and a name that another concept has.

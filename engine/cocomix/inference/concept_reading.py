@@ -4,6 +4,7 @@ Shapes: n tokens of a text, k kept concepts a token, C concepts, K labels.
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -45,8 +46,9 @@ def read_text(usable: UsableModel, text: str, max_tokens: int, teacher=None) -> 
     if not all_ids:
         raise CocomixError("there is no text to read concepts from")
     ids = torch.tensor(all_ids[:max_tokens], device=model.device)
+    context = cast(int, usable.context)  # every student has one
     kept, labels = [], []
-    for window in ids.split(usable.context):
+    for window in ids.split(context):
         out = model.base_model(window[None], use_cache=False)
         kept.append((out.concept_indices[0], out.concept_values[0].float()))
         if teacher is not None:
@@ -61,7 +63,7 @@ def read_text(usable: UsableModel, text: str, max_tokens: int, teacher=None) -> 
         weights.cpu().numpy(),
         shares.cpu().numpy(),
         torch.cat(labels).cpu().numpy() if labels else None,
-        usable.context,
+        context,
         len(all_ids) - len(ids),
     )
 

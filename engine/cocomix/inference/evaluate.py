@@ -1,6 +1,7 @@
 """Validation perplexity of checkpoints: `cocomix eval CHECKPOINT...`."""
 
 from pathlib import Path
+from typing import Any, cast
 
 from cocomix.core.errors import CocomixError
 from cocomix.data.token_files import TokenFiles
@@ -24,7 +25,7 @@ def evaluate_checkpoint(checkpoint, data=None, seq_len: int | None = None, batch
     folder = find_model(checkpoint)
     tokens = TokenFiles.open(data or _data_of_run(checkpoint))
     _require_tokenizer(description_folder(folder), tokens)
-    model = load_model(folder).to(device)
+    model = cast(Any, load_model(folder)).to(device)
     require_vocabulary(model, tokens)
     context = int(model.config.max_position_embeddings)
     seq_len = context if seq_len is None else seq_len

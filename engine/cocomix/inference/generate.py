@@ -209,7 +209,7 @@ def comparison_lines(comparison: Comparison, width: int = 100) -> list[str]:
         ["as it is", "-" * column, *_wrapped(comparison.texts[0], column)],
         ["steered", "-" * column, *_wrapped(comparison.texts[1], column)],
     ]
-    lines = _beside(*texts, column)
+    lines = _beside(texts[0], texts[1], column)
     over = f"; {comparison.mean_kl:.4f} on average over the prompt's {comparison.n_positions} positions"
     lines += [
         "",
@@ -225,7 +225,7 @@ def comparison_lines(comparison: Comparison, width: int = 100) -> list[str]:
         ]
         for title, tokens in (("gained", comparison.gained), ("lost", comparison.lost))
     ]
-    return lines + _beside(*tables, column)
+    return lines + _beside(tables[0], tables[1], column)
 
 
 def _wrapped(text, width):

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from cocomix.core.config import TeacherConfig, load_config
 from cocomix.core.errors import CocomixError
@@ -12,6 +12,9 @@ from cocomix.core.precision import settled
 from cocomix.data.tokenizer import load_tokenizer
 from cocomix.distributed.export import description_folder, find_model, is_checkpoint, is_run, load_model, run_of
 from cocomix.inference.concept_names import FILE
+
+if TYPE_CHECKING:
+    import torch
 
 _VOCABULARY_MULTIPLE = 256  # vocabularies are padded to a multiple of 64, 128 or 256, for the sake of the products
 
@@ -29,7 +32,7 @@ class UsableModel(NamedTuple):
         return getattr(self.model.config, "max_position_embeddings", None)
 
 
-def load_usable(path, device="cpu") -> UsableModel:
+def load_usable(path, device: "torch.device | str" = "cpu") -> UsableModel:
     """The model and the tokenizer of a run, a checkpoint or a transformers folder.
 
     Raises `CocomixError` where there is none, or where the two do not belong together.
@@ -37,7 +40,7 @@ def load_usable(path, device="cpu") -> UsableModel:
     found = find_model(path)
     folder = description_folder(found)
     tokenizer = load_tokenizer(str(folder))
-    model = load_model(found)
+    model = cast(Any, load_model(found))
     n_ids, vocab_size = max(tokenizer.get_vocab().values()) + 1, model.config.vocab_size
     if not 0 <= vocab_size - n_ids < _VOCABULARY_MULTIPLE:
         raise CocomixError(

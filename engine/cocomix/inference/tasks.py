@@ -15,6 +15,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from cocomix.core.errors import CocomixError
 from cocomix.core.extras import needs
@@ -82,7 +83,7 @@ class _Harness:
             "task_files": _file_listing(Path(options.folder)) if options.folder else None,
         }
 
-    def _find_tasks(self, task_manager):
+    def _find_tasks(self, task_manager) -> Any:
         folder, names = self._options.folder, self._options.names
         if folder and not Path(folder).is_dir():
             raise CocomixError(f"--task-folder: there is no folder {folder}")
@@ -102,7 +103,7 @@ class _Harness:
         """The harness's view of a model with its tokenizer."""
         from lm_eval.models.huggingface import HFLM
 
-        return HFLM(
+        return cast(Any, HFLM)(
             pretrained=usable.model,
             tokenizer=usable.tokenizer,
             backend="causal",
@@ -117,7 +118,7 @@ class _Harness:
         if name not in self._loaded:
             self._loaded[name] = self._load(name)
         with _quiet_harness():
-            results = lm_eval.simple_evaluate(
+            results = cast(Any, lm_eval).simple_evaluate(
                 adapter,
                 tasks=self._loaded[name],
                 num_fewshot=self._options.shots,
@@ -125,7 +126,7 @@ class _Harness:
                 bootstrap_iters=BOOTSTRAP_DRAWS,
                 task_manager=self._manager,
             )
-        return {task: _metrics(found, results["samples"].get(task, ())) for task, found in results["results"].items()}  # pyright: ignore[reportOptionalSubscript, reportTypedDictNotRequiredAccess]  as the harness returns it
+        return {task: _metrics(found, results["samples"].get(task, ())) for task, found in results["results"].items()}
 
     def _load(self, name: str) -> list:
         try:
@@ -134,7 +135,7 @@ class _Harness:
         except Exception as error:  # the harness, its task files and the data libraries have no common base exception
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CocomixError(f"the task {name} cannot be loaded: {reason}") from error
-        return [name] if loaded["groups"] else list(loaded["tasks"].values())  # pyright: ignore[reportTypedDictNotRequiredAccess]  as the harness returns it
+        return [name] if loaded["groups"] else list(loaded["tasks"].values())
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.doubled = layer >= config.doubled_from
-        self.backend = None  # of interleaved_attention; see CoCoMixModel.set_attention_backend
+        self.backend: str | None = None  # of interleaved_attention; see CoCoMixModel.set_attention_backend
         self.c_attn = QueryKeyValue(config.n_embd, config.n_head)
         self.c_proj = ResidualProjection(config.n_embd, config.n_embd)
 

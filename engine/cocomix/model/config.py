@@ -53,7 +53,8 @@ class CoCoMixConfig(PreTrainedConfig):
         self.use_cache = use_cache
         self._check()
         super().__init__(
-            bos_token_id=bos_token_id, eos_token_id=eos_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs
+            **kwargs
+            | {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "tie_word_embeddings": tie_word_embeddings}
         )
 
     def _check(self):

@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -56,14 +57,14 @@ def from_gpt2(model_class, path_or_model):
         model, where = path_or_model, "the given model"
     else:
         model, where = load_language_model(path_or_model), str(path_or_model)
-    config = model.config
+    config = cast(Any, model.config)
     if config.model_type != "gpt2":
         raise CocomixError(f"{where} is a {config.model_type} model; from_gpt2 takes GPT-2 only")
     variant = [
         name
         for name, differs in {
             f"activation_function={config.activation_function}": config.activation_function not in _TANH_GELU,
-            f"n_inner={config.n_inner}": config.n_inner not in (None, 4 * config.n_embd),  # pyright: ignore[reportOperatorIssue]  a transformers config
+            f"n_inner={config.n_inner}": config.n_inner not in (None, 4 * config.n_embd),
             "scale_attn_weights=False": not config.scale_attn_weights,
             "scale_attn_by_inverse_layer_idx=True": config.scale_attn_by_inverse_layer_idx,
             "add_cross_attention=True": config.add_cross_attention,

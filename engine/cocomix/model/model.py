@@ -7,6 +7,7 @@ Parameter names are those of GPT-2 and of the paper's public code, so checkpoint
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -134,8 +135,9 @@ class CoCoMixPreTrainedModel(PreTrainedModel):
             std /= math.sqrt(2 * self.config.n_layer)
         if isinstance(module, (Conv1D, nn.Linear, nn.Embedding, CompressLayer, PauseTokens)):
             nn.init.normal_(module.weight, std=std)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+            bias = getattr(module, "bias", None)
+            if bias is not None:
+                nn.init.zeros_(bias)
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
@@ -176,7 +178,7 @@ class CoCoMixModel(CoCoMixPreTrainedModel):
         The last block's concept queries always follow the rule: the libraries do not know them.
         """
         for block in self.h:
-            block.attn.backend = backend
+            cast(Block, block).attn.backend = backend
 
     def forward(
         self,
@@ -296,8 +298,8 @@ class CoCoMixForCausalLM(CoCoMixPreTrainedModel, GenerationMixin):
         if labels is not None:
             targets = _soft_targets(soft_target_ids, soft_target_log_probs, teacher_hidden, teacher_head)
             loss, ntp_loss, distillation_loss = self._next_token_losses(hidden, labels, targets, num_items_in_batch)
-        if concept_loss is not None and concept_token_count is not None:
-            labelled = (concept_labels >= 0).any(-1).sum()  # pyright: ignore[reportOptionalOperand]  there are labels where there is a loss
+        if concept_loss is not None and concept_labels is not None and concept_token_count is not None:
+            labelled = (concept_labels >= 0).any(-1).sum()
             concept_loss = concept_loss * (labelled / concept_token_count)
         if concept_loss is not None and labels is not None and num_items_in_batch is not None:
             concept_loss = concept_loss * ((labels[:, 1:] != -100).sum() / num_items_in_batch)

@@ -1,14 +1,17 @@
 """Causal language models of transformers, this program's own among them: loaded frozen, and told apart."""
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from cocomix.core.errors import CocomixError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def load_language_model(path) -> nn.Module:
+
+def load_language_model(path) -> "PreTrainedModel":
     """Load a causal language model (a transformers folder or hub name) in float32, frozen and in evaluation mode.
 
     Raises `CocomixError` where there is no such model.
@@ -24,7 +27,7 @@ def load_language_model(path) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: "PreTrainedModel") -> str:
     """SHA-256 over the model's type, its parameters' names and their float32 values, hexadecimal."""
     digest = hashlib.sha256(str(getattr(model.config, "model_type", "")).encode())
     for name, tensor in sorted(model.state_dict().items()):

@@ -7,7 +7,7 @@ import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -293,7 +293,7 @@ def draw(entry: FigureEntry, *arguments) -> tuple[FigureEntry, str, bytes] | Non
     with needs("the figures of a report", "matplotlib", "cocomix[report]"):
         import matplotlib
 
-    with matplotlib.rc_context(_FIGURE_STYLE | {"svg.hashsalt": entry.name}):
+    with matplotlib.rc_context(cast(Any, _FIGURE_STYLE | {"svg.hashsalt": entry.name})):
         figure = entry.draw(*arguments)
         if figure is None:
             return None

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -15,7 +16,7 @@ _TEMPLATES = Environment(
     lstrip_blocks=True,
     undefined=StrictUndefined,
 )
-_PARTS = _TEMPLATES.get_template("parts.html.j2").module
+_PARTS = cast(Any, _TEMPLATES.get_template("parts.html.j2").module)  # the template's macros
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Comparing training runs: a plain-text table for the terminal and one self-contained HTML page."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
-def write_report(runs: list[Run], out_folder, measured: list[Section] = ()) -> Path:
+def write_report(runs: list[Run], out_folder, measured: Sequence[Section] = ()) -> Path:
     """Write `report.html`, which needs nothing beside it, and its figures as PNG files; returns the page's path.
 
     The page compares `runs` and shows what was `measured` below. Every file appears whole or not at all, the page

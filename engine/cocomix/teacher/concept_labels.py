@@ -10,6 +10,7 @@ from cocomix.core.methods import CONCEPT_LABELS, labels_name, predicts_concepts
 from cocomix.core.shapes import TeacherShape
 from cocomix.data.token_files import TokenFiles
 from cocomix.teacher.label_cache import NONE, LabelCache
+from cocomix.teacher.shard_cache import ShardCache
 from cocomix.teacher.supervision_kind import Source, SupervisionKind, Teacher
 
 if TYPE_CHECKING:
@@ -93,14 +94,14 @@ class ConceptLabels(SupervisionKind):
         """With a check that the student has the concepts that the cache names."""
         return _StudentsLabels(cache, config.model.concept_dim)
 
-    def start_cache(self, config: Config, tokens: TokenFiles, teacher: "ConceptTeacher") -> LabelCache:
+    def start_cache(self, config: Config, tokens: TokenFiles, teacher: "ConceptTeacher") -> ShardCache:
         """As for any kind; refuses an SAE of more latents than the cache can number."""
         if teacher.sae.n_latents > NONE:
             raise CocomixError(
                 f"teacher.sae has {teacher.sae.n_latents} latents, but a label cache numbers at most {NONE}: take an "
                 "SAE with fewer"
             )
-        return super().start_cache(config, tokens, teacher)  # pyright: ignore[reportReturnType]  the kind's own cache
+        return super().start_cache(config, tokens, teacher)
 
     def per_token(self, config: Config) -> int:
         """K."""

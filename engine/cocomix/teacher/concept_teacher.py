@@ -3,8 +3,9 @@
 Shapes: B windows of T tokens, d width of the teacher, C latents, k active latents, K labels.
 """
 
+from typing import TYPE_CHECKING, Any, cast
+
 import torch
-from torch import nn
 
 from cocomix.core.config import TeacherConfig
 from cocomix.core.errors import CocomixError
@@ -15,11 +16,15 @@ from cocomix.teacher.language_model import (
     check_head,
     check_layer,
     fixed_passes,
+    head_weight,
     require_context,
     residual_stream,
     transformer_blocks,
 )
 from cocomix_kernels import concept_attribution, linear_cross_entropy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class ConceptTeacher:
@@ -31,7 +36,7 @@ class ConceptTeacher:
     mode. Raises `CocomixError` where block or widths do not fit.
     """
 
-    def __init__(self, model: nn.Module, sae, layer: int, label_topk: int, labels_by: str = "attribution"):
+    def __init__(self, model: "PreTrainedModel", sae, layer: int, label_topk: int, labels_by: str = "attribution"):
         check_layer(model, layer)
         width = model.config.hidden_size
         if sae.d_model != width:
@@ -44,11 +49,11 @@ class ConceptTeacher:
         self.model = model.requires_grad_(False).eval()
         self.sae = sae.requires_grad_(False).eval()
         self.layer, self.label_topk, self.labels_by = layer, label_topk, labels_by
-        self._block, self._head_weight = transformer_blocks(model)[layer], model.get_output_embeddings().weight
+        self._block, self._head_weight = transformer_blocks(model)[layer], head_weight(model)
 
     @classmethod
     def from_config(
-        cls, config: TeacherConfig, device: torch.device, model: nn.Module | None = None
+        cls, config: TeacherConfig, device: torch.device, model: "PreTrainedModel | None" = None
     ) -> "ConceptTeacher":
         """Load teacher and SAE as the config's `teacher:` section says; the language model may be there already.
         Raises `CocomixError` where it cannot."""
@@ -59,7 +64,8 @@ class ConceptTeacher:
                 raise CocomixError(f"concept labels need teacher.{key}: set it to a path")
         dtype = DTYPES[config.dtype]
         if model is None:
-            model = load_language_model(config.model).to(device, dtype)
+            model = load_language_model(config.model)
+            cast(Any, model).to(device, dtype)  # in place
         sae = SparseAutoencoder.load(config.sae, config.sae_k).to(device, dtype)
         return cls(model, sae, config.layer, config.label_topk, config.labels_by)
 

@@ -3,14 +3,19 @@
 J is the number of likeliest tokens that soft targets keep; the rest of the vocabulary counts as one token.
 """
 
+from typing import TYPE_CHECKING, Any, cast
+
 import torch
 
 from cocomix.core.config import Config
 from cocomix.core.errors import CocomixError
 from cocomix.core.shapes import TeacherShape
 from cocomix.model.pretrained import fingerprint, load_language_model
-from cocomix.teacher.language_model import DTYPES, check_head, fixed_passes, require_context
+from cocomix.teacher.language_model import DTYPES, check_head, fixed_passes, head_weight, require_context
 from cocomix_kernels import top_targets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class DistillationTeacher:
@@ -21,24 +26,25 @@ class DistillationTeacher:
     Raises `CocomixError` where its logits are more than one matrix product, and where `top_k` exceeds the vocabulary.
     """
 
-    def __init__(self, model: torch.nn.Module, vocab_size: int, top_k: int | None):
+    def __init__(self, model: "PreTrainedModel", vocab_size: int, top_k: int | None):
         check_head(model)
         if top_k is not None and top_k > vocab_size:
             raise CocomixError(f"distillation.top_k is {top_k} but the vocabulary has {vocab_size} tokens")
         self.model = model.requires_grad_(False).eval()
         self.vocab_size, self.top_k = vocab_size, top_k
-        self._head = model.get_output_embeddings().weight
+        self._head = head_weight(model)
 
     @classmethod
     def from_config(
-        cls, config: Config, vocab_size: int, device: torch.device, model: torch.nn.Module | None = None
+        cls, config: Config, vocab_size: int, device: torch.device, model: "PreTrainedModel | None" = None
     ) -> "DistillationTeacher":
         """Teacher of a config, whose language model may be there already. Raises `CocomixError` where it cannot be
         loaded."""
         if model is None:
             if not config.teacher.model:
                 raise CocomixError("distillation needs teacher.model: set it to a path")
-            model = load_language_model(config.teacher.model).to(device, DTYPES[config.teacher.dtype])
+            model = load_language_model(config.teacher.model)
+            cast(Any, model).to(device, DTYPES[config.teacher.dtype])  # in place
         return cls(model, vocab_size, config.distillation.top_k)
 
     @property
@@ -78,5 +84,5 @@ class DistillationTeacher:
     def _likeliest(self, input_ids):
         """Ids and log-probabilities side by side, float32 [B, T, 2 J]: a float32 holds every id exactly."""
         hidden = self._hidden(input_ids).flatten(0, 1)
-        ids, log_probs = top_targets(hidden, self._head[: self.vocab_size], self.top_k)
+        ids, log_probs = top_targets(hidden, self._head[: self.vocab_size], cast(int, self.top_k))
         return torch.cat([ids.float(), log_probs.float()], dim=-1).unflatten(0, input_ids.shape)

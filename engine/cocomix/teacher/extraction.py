@@ -1,7 +1,8 @@
 """`cocomix labels`: what a frozen teacher says about every token, computed once and kept."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import torch
 from tqdm import tqdm
@@ -14,6 +15,7 @@ from cocomix.distributed.ranks import own_device, rank_and_world
 from cocomix.teacher.concept_labels import ConceptLabels
 from cocomix.teacher.shard_cache import ShardCache
 from cocomix.teacher.supervision import cached_precision, wanted_kinds
+from cocomix.teacher.supervision_kind import SupervisionKind
 
 
 def run(config: Config) -> None:
@@ -24,7 +26,8 @@ def run(config: Config) -> None:
     never started. Run again, it continues where it stopped, and makes damaged shards anew. Raises `CocomixError` where
     teacher, SAE, token files or cache do not fit.
     """
-    wanted = wanted_kinds(config) or (ConceptLabels(),)  # they depend on no student: others may learn from them
+    labels = ConceptLabels()  # they depend on no student: others may learn from them
+    wanted = wanted_kinds(config) or cast(Sequence[SupervisionKind], (labels,))
     cached = [kind for kind in wanted if kind.cache_folder(config)]
     if not cached:
         names = " and ".join(kind.name for kind in wanted)

@@ -1,12 +1,16 @@
 """The frozen language model: its blocks, its residual stream, and passes whose rounding hangs on the window alone."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
 from cocomix.core.errors import CocomixError
 from cocomix.data.token_files import TokenFiles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -18,7 +22,7 @@ _WINDOWS_PER_PASS = {"cpu": 1, "cuda": 8}
 _LOGIT_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
 
 
-def transformer_blocks(model: nn.Module) -> nn.ModuleList:
+def transformer_blocks(model: "PreTrainedModel") -> nn.ModuleList:
     """The list of a causal language model's blocks.
 
     Raises `CocomixError` where it cannot be found, and for a model that mixes concepts in: it has no one residual
@@ -37,14 +41,14 @@ def transformer_blocks(model: nn.Module) -> nn.ModuleList:
     raise CocomixError(f"cannot find the {n_layer} blocks of a {model.config.model_type} model")
 
 
-def check_layer(model: nn.Module, layer: int) -> None:
+def check_layer(model: "PreTrainedModel", layer: int) -> None:
     """Raise `CocomixError` unless the model has a block `layer`."""
     n_layer = len(transformer_blocks(model))
     if not 0 <= layer < n_layer:
         raise CocomixError(f"teacher.layer is {layer} but the teacher has blocks 0 to {n_layer - 1}")
 
 
-def check_head(model: nn.Module) -> None:
+def check_head(model: "PreTrainedModel") -> None:
     """Raise `CocomixError` where logits are more than one product of the last hidden states with a matrix."""
     head = model.get_output_embeddings()
     rescaled = any(getattr(model.config, name, None) not in (None, 1.0) for name in _LOGIT_SETTINGS)
@@ -54,12 +58,17 @@ def check_head(model: nn.Module) -> None:
         )
 
 
+def head_weight(model: "PreTrainedModel") -> torch.Tensor:
+    """The matrix [V, d] that makes logits of the last hidden states."""
+    return cast(nn.Linear, model.get_output_embeddings()).weight
+
+
 class _Reached(Exception):
     """Ends a forward pass once the wanted block has run."""
 
 
 @torch.no_grad()
-def residual_stream(model: nn.Module, layer: int, input_ids: torch.Tensor) -> torch.Tensor:
+def residual_stream(model: "PreTrainedModel", layer: int, input_ids: torch.Tensor) -> torch.Tensor:
     """Output of block `layer` (0-based) for input_ids [B, T] -> [B, T, d]; the blocks after it do not run."""
     found = []
 
@@ -77,7 +86,7 @@ def residual_stream(model: nn.Module, layer: int, input_ids: torch.Tensor) -> to
     return found[0]
 
 
-def require_context(model: nn.Module, length: int, what: str) -> None:
+def require_context(model: "PreTrainedModel", length: int, what: str) -> None:
     """Raise `CocomixError` unless the teacher reads windows of `length` tokens; `what` is wanted of it."""
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and length > context:
@@ -98,9 +107,9 @@ def fixed_passes(function: Callable, input_ids: torch.Tensor) -> torch.Tensor:
     return torch.cat(results)
 
 
-def require_vocabulary(model: nn.Module, tokens: TokenFiles) -> None:
+def require_vocabulary(model: "PreTrainedModel", tokens: TokenFiles) -> None:
     """Raise `CocomixError` unless the model's vocabulary covers the token files'."""
-    if model.config.vocab_size < tokens.vocab_size:  # pyright: ignore[reportOperatorIssue]  there are labels where there is a loss
+    if model.config.vocab_size < tokens.vocab_size:
         raise CocomixError(
             f"the token files in {tokens.folder} use {tokens.vocab_size} ids but the model knows "
             f"{model.config.vocab_size}: it was made for another tokenizer"

@@ -17,7 +17,8 @@ from cocomix_kernels.common.selection import stable_topk
 
 STD_EPS = 1e-5
 NORMALIZATIONS = ("none", "layer_norm", "constant_norm")
-_PLAIN_NAMES = {"none": False, "layer_norm": True}  # as files and fingerprints write them
+_NAMES: dict[bool | str, str] = {False: "none", True: "layer_norm"}
+_PLAIN_NAMES: dict[str, bool | str] = {"none": False, "layer_norm": True}  # as files and fingerprints write them
 
 
 class SparseAutoencoder(nn.Module):
@@ -34,6 +35,8 @@ class SparseAutoencoder(nn.Module):
     Parameters (fp32): `W_enc` [C, d], `latent_bias` [C], `pre_bias` [d], `decoder` [C, d], one row a latent.
     Raises `CocomixError` for shapes that contradict each other, for k outside 1..C and an unknown `normalize`.
     """
+
+    threshold: Tensor | None
 
     def __init__(
         self,
@@ -55,7 +58,7 @@ class SparseAutoencoder(nn.Module):
         self.decoder = nn.Parameter(decoder)
         self.register_buffer("threshold", threshold)
         self.k = k
-        self.normalization = {False: "none", True: "layer_norm"}.get(normalize, normalize)
+        self.normalization = _NAMES.get(normalize, str(normalize))
 
     @property
     def d_model(self) -> int:
@@ -104,16 +107,16 @@ class SparseAutoencoder(nn.Module):
         if self.threshold is None:
             values, indices = topk_linear(flat, self.W_enc, self.latent_bias, self.k, relu=True)
         else:
-            values, indices = self._largest_above_threshold(flat)
+            values, indices = self._largest_above_threshold(flat, self.threshold)
         shape = (*x_hat.shape[:-1], self.k)
         return values.view(shape), indices.view(shape)
 
-    def _largest_above_threshold(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """[n, d] -> values, indices [n, k]; latents [n, C] exist for a chunk of rows at a time."""
+    def _largest_above_threshold(self, flat: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+        """[n, d], [C] -> values, indices [n, k]; latents [n, C] exist for a chunk of rows at a time."""
         parts = []
         for rows in row_chunks(len(flat), 16 * self.n_latents, flat.device):  # latents, mask, product and selection
             latents = F.linear(flat[rows], self.W_enc, self.latent_bias)
-            active = latents > self.threshold  # pyright: ignore[reportOperatorIssue]  a buffer or a name
+            active = latents > threshold
             values, indices = stable_topk(latents.relu() * active, self.k)
             parts.append((values.to(torch.promote_types(values.dtype, torch.float32)), indices))
         values, indices = zip(*parts, strict=True)
@@ -163,10 +166,10 @@ class SparseAutoencoder(nn.Module):
             write_json(aside / "config.json", config)
 
     def _plain_normalization(self) -> bool | str:
-        return _PLAIN_NAMES.get(self.normalization, self.normalization)  # pyright: ignore[reportReturnType]  a buffer or a name
+        return _PLAIN_NAMES.get(self.normalization, self.normalization)
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {"W_enc": self.W_enc, "latent_bias": self.latent_bias}
+        tensors: dict[str, Tensor] = {"W_enc": self.W_enc, "latent_bias": self.latent_bias}
         tensors |= {"pre_bias": self.pre_bias, "decoder": self.decoder}
         if self.threshold is not None:
             tensors["threshold"] = self.threshold

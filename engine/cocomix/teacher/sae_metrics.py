@@ -2,13 +2,17 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from cocomix.teacher.language_model import transformer_blocks
+from cocomix.teacher.language_model import head_weight, transformer_blocks
 from cocomix.teacher.sae import SparseAutoencoder
 from cocomix_kernels import linear_cross_entropy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @torch.no_grad()
@@ -50,7 +54,7 @@ def firing_counts(values: Tensor, indices: Tensor, n_latents: int) -> Tensor:
 
 @torch.no_grad()
 def losses_under_reconstruction(
-    model: nn.Module, layer: int, sae: SparseAutoencoder, windows: Iterable[Tensor]
+    model: "PreTrainedModel", layer: int, sae: SparseAutoencoder, windows: Iterable[Tensor]
 ) -> dict[str, float]:
     """What the language model loses when the SAE's reconstruction stands for the output of its block `layer`.
 
@@ -67,9 +71,7 @@ def losses_under_reconstruction(
         for name, replacement in ways.items():
             with _output_replaced(transformer_blocks(model)[layer], replacement):
                 hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            loss = linear_cross_entropy(
-                hidden[:, :-1].flatten(0, 1), model.get_output_embeddings().weight, ids[:, 1:].flatten()
-            )
+            loss = linear_cross_entropy(hidden[:, :-1].flatten(0, 1), head_weight(model), ids[:, 1:].flatten())
             sums[name] += loss.item() * ids[:, 1:].numel()
     losses = {name: total / count for name, total in sums.items()}
     clean, reconstructed, zeroed = losses.values()

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -134,9 +135,9 @@ def train_step(state: TrainingState, x: Tensor, config: SaeConfig) -> None:
     loss, unexplained, fired = sae_loss(sae, x_hat, state.dead(config), config)
     loss.backward()
     with torch.no_grad():
-        decoder = sae.decoder
+        decoder, gradient = sae.decoder, cast(Tensor, sae.decoder.grad)
         # Movement along a row would be undone by the renormalisation, but would count in Adam's moments.
-        decoder.grad -= (decoder.grad * decoder).sum(1, keepdim=True) * decoder  # pyright: ignore[reportOperatorIssue, reportOptionalOperand]  there is one after backward()
+        gradient -= (gradient * decoder).sum(1, keepdim=True) * decoder
         torch.nn.utils.clip_grad_norm_(sae.parameters(), GRAD_CLIP)
         optimizer.step()
         decoder.copy_(F.normalize(decoder, dim=1))
@@ -301,7 +302,7 @@ def run(config: Config) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config, notes = settled(config, device.type, _begun_with(folder))
     say_precision(notes, has_teacher=True, trains=False)
-    model = load_language_model(config.teacher.model).to(device, DTYPES[config.teacher.dtype]).eval()
+    model = cast(Any, load_language_model(config.teacher.model)).to(device, DTYPES[config.teacher.dtype]).eval()
     _check_teacher(model, tokens, config)
     identity = _identity(config, model, tokens)
     metrics = _finished_metrics(folder, identity)
@@ -399,7 +400,7 @@ def _output_folder(config: Config) -> Path:
     for key, meaning in purpose.items():
         if getattr(config.teacher, key) is None:
             raise CocomixError(f"teacher.{key} is not set: give {meaning}")
-    folder = Path(config.teacher.sae)
+    folder = Path(cast(str, config.teacher.sae))
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         try:
             read_saved_config(folder)

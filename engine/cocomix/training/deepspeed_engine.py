@@ -3,6 +3,7 @@
 import contextlib
 import io
 import math
+from typing import Any
 
 import torch
 
@@ -80,7 +81,7 @@ def _refuse_managed(section: dict, managed: dict[str, str], name: str) -> None:
 
 
 def _zero_settings(train: TrainConfig, zero: dict) -> dict:
-    settings = {"stage": train.zero_stage}
+    settings: dict[str, Any] = {"stage": train.zero_stage}
     if train.zero_stage == 3:
         # By default DeepSpeed replaces torch's linear function for the whole process, and a bf16 teacher beside the
         # student then gives other labels.

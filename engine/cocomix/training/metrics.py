@@ -5,6 +5,7 @@ import json
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -123,7 +124,7 @@ class _Lines(tqdm):
     """A bar for log files: every update is a line of its own."""
 
     @staticmethod
-    def status_printer(file):
+    def status_printer(file: Any):
         """The function that tqdm shows its text with; tqdm itself ends the last line."""
         separator = ""
 

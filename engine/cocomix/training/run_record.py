@@ -63,11 +63,12 @@ class RunRecord:
         Raises `CocomixError` where there is none, or where something in it is missing or cannot be.
         """
         path = run / FILE_NAME
-        values = {_RENAMED.get(key, key): value for key, value in read_json(path, "the run's description").items()}
-        values = {"soft_targets": None, "flops_per_token": None} | values  # which came with later versions
+        stored = {_RENAMED.get(key, key): value for key, value in read_json(path, "the run's description").items()}
+        later: dict[str, Any] = {"soft_targets": None, "flops_per_token": None}  # which came with later versions
+        values = later | stored
         _check(values, path)
-        data = DataRecord(**{key: values["data"][key] for key in _keys(DataRecord)})  # pyright: ignore[reportOptionalSubscript]  checked above
-        return cls(**{key: values[key] for key in _keys(cls)} | {"data": data})
+        data = DataRecord(**{key: values["data"][key] for key in _keys(DataRecord)})
+        return cls(**{key: values[key] for key in _keys(cls) if key != "data"}, data=data)
 
 
 def _keys(record: type) -> list[str]:

@@ -1,6 +1,7 @@
 """Pretraining with DeepSpeed ZeRO: tokens and what the teacher says of them in, checkpoints and a model out."""
 
 from pathlib import Path
+from typing import cast
 
 from cocomix.core.config import Config
 from cocomix.core.errors import CocomixError
@@ -152,7 +153,8 @@ class Trainer:
         evaluation = self.evaluation or self._evaluate(log)  # none: interrupted between the last checkpoint and here
         log.summary(self.step, evaluation)
         if self.ranks.is_first:
-            export_checkpoint(latest_checkpoint(self.run), self.run / "model")  # last: a run with a model is finished
+            checkpoint = cast(Path, latest_checkpoint(self.run))
+            export_checkpoint(checkpoint, self.run / "model")  # last: a run with a model is finished
             print(
                 f"{self.run}: validation perplexity {evaluation.perplexity:.2f} after {self.step} steps; "
                 f"the model is in {self.run / 'model'}"

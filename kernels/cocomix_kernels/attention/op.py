@@ -8,11 +8,17 @@ causal kernel, merged by their log-sum-exps, do exactly the work that is needed,
 for GPUs there is a Triton kernel of our own. Every query is plain causal attention, for which libraries are tuned.
 """
 
+# torch.library has no types for what it decorates.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 import functools
 import importlib
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cocomix_kernels.attention.eager import torch_attention, torch_causal
@@ -20,19 +26,19 @@ from cocomix_kernels.common.checks import check_same, check_shapes
 from cocomix_kernels.common.dispatch import choose_backend
 
 
-def _cudnn_causal(q, k, v, scale):
+def _cudnn_causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return torch_causal(q, k, v, scale)
 
 
 @torch.library.custom_op("cocomix::interleaved_attention", mutates_args=())
 def _attention(
-    q: torch.Tensor,  # [B, 2T or T, H, D]
-    k: torch.Tensor,  # [B, 2T, H, D]
-    v: torch.Tensor,  # [B, 2T, H, D]
+    q: Tensor,  # [B, 2T or T, H, D]
+    k: Tensor,  # [B, 2T, H, D]
+    v: Tensor,  # [B, 2T, H, D]
     scale: float,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The output, and the log-sum-exps that the same backend's backward pass wants."""
     if backend == "flash_attn_4":
         from flash_attn.cute.interface import _flash_attn_fwd  # pyright: ignore[reportMissingImports]  an optional library
@@ -47,22 +53,22 @@ def _attention(
 
 
 @_attention.register_fake
-def _outputs(q, k, v, scale, backend):
+def _outputs(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
     batch, n_queries, n_heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty(batch, n_heads, n_queries, dtype=torch.float32)
 
 
 @torch.library.custom_op("cocomix::interleaved_attention_backward", mutates_args=())
 def _attention_backward(
-    grad: torch.Tensor,  # like out
-    q: torch.Tensor,  # [B, 2T or T, H, D]
-    k: torch.Tensor,  # [B, 2T, H, D]
-    v: torch.Tensor,  # [B, 2T, H, D]
-    out: torch.Tensor,  # like q
-    lse: torch.Tensor,  # [B, H, 2T or T]
+    grad: Tensor,  # like out
+    q: Tensor,  # [B, 2T or T, H, D]
+    k: Tensor,  # [B, 2T, H, D]
+    v: Tensor,  # [B, 2T, H, D]
+    out: Tensor,  # like q
+    lse: Tensor,  # [B, H, 2T or T]
     scale: float,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     if backend == "flash_attn_4":
         from flash_attn.cute.interface import _flash_attn_bwd  # pyright: ignore[reportMissingImports]  an optional library
 
@@ -79,11 +85,13 @@ def _attention_backward(
 
 
 @_attention_backward.register_fake
-def _gradients(grad, q, k, v, out, lse, scale, backend):
+def _gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, backend: str
+) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape) for t in (q, k, v))
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     q, k, v, ctx.scale, ctx.backend = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
@@ -91,7 +99,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(q, k, v, out, lse)
 
 
-def _backward(ctx, grad, _):
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 5
     return *_attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.backend), None, None
@@ -100,14 +108,14 @@ def _backward(ctx, grad, _):
 _attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _own_op(backend, q, k, v, scale):
+def _own_op(backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     return _attention(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, backend)[0]
 
 
 _triton_backend, _flash_4 = partial(_own_op, "triton"), partial(_own_op, "flash_attn_4")
 
 
-def _flash_2(q, k, v, scale):
+def _flash_2(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]  an optional library
 
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -115,9 +123,9 @@ def _flash_2(q, k, v, scale):
 
 
 @functools.cache
-def _flash_versions():
+def _flash_versions() -> list[int]:
     """The versions of flash_attn that can be imported, the newest first."""
-    found = []
+    found: list[int] = []
     candidates = (4, "flash_attn.cute.interface", "_flash_attn_bwd"), (2, "flash_attn", "flash_attn_func")
     for version, module, name in candidates:
         try:
@@ -129,7 +137,7 @@ def _flash_versions():
 
 
 @torch.compiler.assume_constant_result
-def _flash_version(device, dtype, head_size):
+def _flash_version(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
     """The version of flash_attn that computes this, "4" or "2", or "" where none does."""
     if dtype not in (torch.bfloat16, torch.float16):
         return ""
@@ -138,7 +146,7 @@ def _flash_version(device, dtype, head_size):
     return next((str(version) for version in _flash_versions() if fits[version]), "")
 
 
-def _flash_backend(q, k, v, scale):
+def _flash_backend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     version = _flash_version(q.device, q.dtype, q.shape[-1])
     if not version:
         raise ValueError(
@@ -148,7 +156,7 @@ def _flash_backend(q, k, v, scale):
     return (_flash_4 if version == "4" else _flash_2)(q, k, v, scale)
 
 
-def _default(q, concept_queries):
+def _default(q: Tensor, concept_queries: bool) -> str:
     """The rule by which a backend is chosen, not yet backed by measurements of ours on a GPU."""
     if q.device.type != "cuda":
         return "torch"
@@ -159,7 +167,7 @@ def _default(q, concept_queries):
     return "torch"  # plain causal attention is what PyTorch's library kernels are tuned for
 
 
-def _implementations(q, concept_queries):
+def _implementations(q: Tensor, concept_queries: bool) -> dict[str, Callable[..., Tensor]]:
     found = {"torch": torch_attention}
     if q.dtype in (torch.bfloat16, torch.float16, torch.float32) and q.shape[-1] <= 128:
         found["triton"] = _triton_backend
@@ -168,7 +176,9 @@ def _implementations(q, concept_queries):
     return found
 
 
-def interleaved_attention(q, k, v, *, scale=None, backend=None) -> torch.Tensor:
+def interleaved_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str | None = None
+) -> Tensor:
     """Softmax attention over interleaved hidden states (even positions) and concepts (odd positions).
 
     k, v [B, 2T, H, D]. q [B, 2T, H, D]: ordinary causal attention -> [B, 2T, H, D]. q [B, T, H, D]: concept queries,

@@ -16,11 +16,16 @@ Products take bf16, fp16 or fp32 operands and accumulate in fp32; fp32 operands 
 the CUDA cores at a tenth of the speed or less. Row statistics are kept in base 2, in which exponentials are cheapest.
 """
 
+# Triton's language has types of its own, which checkers take for something else.
+# pyright: basic
+
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from cocomix_kernels.common.launch import ceil_div, compute_capability, interpreted, launch, next_power_of_2
 
@@ -521,13 +526,13 @@ CONFIGURATIONS = {
 }
 
 
-def _configuration(which, head_size, itemsize, capability):
+def _configuration(which: str, head_size: int, itemsize: int, capability: tuple[int, int]) -> tuple[int, int, int, int]:
     """BLOCK_M, BLOCK_N, warps and stages; a chip without an entry of its own gets the most frugal one."""
     table = CONFIGURATIONS.get(capability[0], CONFIGURATIONS[8])
     return table[which, 64 if head_size <= 64 else 128, itemsize]
 
 
-def _options(which, **matrices):
+def _options(which: str, **matrices: Tensor) -> dict[str, Any]:
     """What a pass is launched with: constants of the shapes, row strides, and its configuration."""
     q, k = matrices["Q"], matrices["K"]
     block_m, block_n, warps, stages = _configuration(which, q.shape[3], q.element_size(), compute_capability(q.device))
@@ -539,17 +544,17 @@ def _options(which, **matrices):
     }  # fmt: skip
 
 
-def _dense_heads(*tensors):
+def _dense_heads(*tensors: Tensor) -> list[Tensor]:
     """The kernels take strides over sequences, positions and heads; within a head the elements must be adjacent."""
     return [t if t.stride(3) == 1 else t.contiguous() for t in tensors]
 
 
-def _strides(*tensors):
+def _strides(*tensors: Tensor) -> list[int]:
     """Over sequences and over heads."""
     return [t.stride(dimension) for t in tensors for dimension in (0, 2)]
 
 
-def attention_forward(q, k, v, scale, out, lse):
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
     """q [B, Q, H, D], k, v [B, S, H, D] -> out like q, and the base-2 log-sum-exp of the scaled scores [B, H, Q].
 
     out and lse are written in full and must be contiguous.
@@ -563,7 +568,18 @@ def attention_forward(q, k, v, scale, out, lse):
     )  # fmt: skip
 
 
-def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
     """The gradients of q, k and v, which are written in full and must be contiguous.
 
     grad is like q; out and lse are those of `attention_forward`.

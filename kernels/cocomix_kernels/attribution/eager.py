@@ -1,11 +1,12 @@
 """Attribution in PyTorch: k sampled dots a token by batched products over sorted indices."""
 
 import torch
+from torch import Tensor
 
 from cocomix_kernels.common.chunking import accumulation_dtype, row_chunks
 
 
-def torch_attribution(values, indices, grad, decoder, label_topk):
+def torch_attribution(values: Tensor, indices: Tensor, grad: Tensor, decoder: Tensor, label_topk: int) -> Tensor:
     """`concept_attribution` on any device."""
     n_tokens, k = indices.shape
     dtype = torch.promote_types(accumulation_dtype(decoder.dtype), accumulation_dtype(values.dtype))

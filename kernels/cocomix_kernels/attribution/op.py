@@ -3,7 +3,13 @@
 Shapes: N tokens, d teacher width, C latents, k active latents, K labels.
 """
 
+# torch.library has no types for what it decorates.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from cocomix_kernels.attribution.eager import torch_attribution
 from cocomix_kernels.common.checks import check_device, check_floats, check_integers, check_k, check_range, check_shapes
@@ -14,12 +20,12 @@ _TRITON_LATENTS = 512  # its kernel sorts a token's attributions in the register
 
 @torch.library.custom_op("cocomix::concept_attribution", mutates_args=())
 def _triton_backend(
-    values: torch.Tensor,  # [N, k]
-    indices: torch.Tensor,  # [N, k]
-    grad: torch.Tensor,  # [N, d]
-    decoder: torch.Tensor,  # [C, d]
+    values: Tensor,  # [N, k]
+    indices: Tensor,  # [N, k]
+    grad: Tensor,  # [N, d]
+    decoder: Tensor,  # [C, d]
     label_topk: int,
-) -> torch.Tensor:
+) -> Tensor:
     from cocomix_kernels.attribution.triton_kernel import attribution_labels
 
     labels = _labels(values, indices, grad, decoder, label_topk)
@@ -30,18 +36,22 @@ def _triton_backend(
 
 
 @_triton_backend.register_fake
-def _labels(values, indices, grad, decoder, label_topk):
+def _labels(values: Tensor, indices: Tensor, grad: Tensor, decoder: Tensor, label_topk: int) -> Tensor:
     return indices.new_empty(indices.shape[0], label_topk, dtype=torch.int64)
 
 
-def _implementations(values, indices, grad, decoder):
+def _implementations(
+    values: Tensor, indices: Tensor, grad: Tensor, decoder: Tensor
+) -> dict[str, Callable[..., Tensor]]:
     if indices.shape[1] > _TRITON_LATENTS or torch.float64 in (values.dtype, grad.dtype, decoder.dtype):
         return {"torch": torch_attribution}
     return {"torch": torch_attribution, "triton": _triton_backend}
 
 
 @torch.no_grad()
-def concept_attribution(values, indices, grad, decoder, label_topk, *, backend=None) -> torch.Tensor:
+def concept_attribution(
+    values: Tensor, indices: Tensor, grad: Tensor, decoder: Tensor, label_topk: int, *, backend: str | None = None
+) -> Tensor:
     """The concepts with the largest strictly positive attribution s_i = a_i * <decoder_i, g>, largest first.
 
     values [N, k] active latents, indices [N, k] integers, grad [N, d] gradient of the teacher's loss with respect

@@ -7,6 +7,9 @@ its gradient row is read from memory once and nothing waits at a barrier; its k 
 bounds k. Products are summed and compared in float32.
 """
 
+# Triton's language has types of its own, which checkers take for something else.
+# pyright: basic
+
 import torch
 import triton
 import triton.language as tl

@@ -1,12 +1,13 @@
 """Argument checks that all operations share: shapes by named dimensions, dtypes and devices."""
 
 import torch
+from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # wider unsigned ones lack operators
 
 
-def check_shapes(operation: str, **arguments) -> dict[str, int]:
+def check_shapes(operation: str, **arguments: tuple[Tensor, str]) -> dict[str, int]:
     """Check tensors against shapes written as dimension letters and return the letters' sizes.
 
     `arguments` maps a name to `(tensor, "N d")`; a letter must have one size throughout, a number must be met
@@ -29,7 +30,7 @@ def check_shapes(operation: str, **arguments) -> dict[str, int]:
     return sizes
 
 
-def check_same(operation: str, **tensors) -> None:
+def check_same(operation: str, **tensors: Tensor) -> None:
     """Raise `ValueError` unless all tensors are floating point, of one dtype and on one device."""
     (first_name, first), *others = tensors.items()
     check_floats(operation, **{first_name: first})
@@ -41,14 +42,14 @@ def check_same(operation: str, **tensors) -> None:
     check_device(operation, **tensors)
 
 
-def check_floats(operation: str, **tensors) -> None:
+def check_floats(operation: str, **tensors: Tensor) -> None:
     """Raise `ValueError` unless all tensors are floating point."""
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise ValueError(f"{operation}: {name} has dtype {tensor.dtype}, expected a floating-point dtype")
 
 
-def check_device(operation: str, **tensors) -> None:
+def check_device(operation: str, **tensors: Tensor) -> None:
     """Raise `ValueError` unless all tensors are on one device."""
     (first_name, first), *others = tensors.items()
     for name, tensor in others:
@@ -56,7 +57,7 @@ def check_device(operation: str, **tensors) -> None:
             raise ValueError(f"{operation}: {name} is on {tensor.device} but {first_name} is on {first.device}")
 
 
-def check_integers(operation: str, **tensors) -> None:
+def check_integers(operation: str, **tensors: Tensor) -> None:
     """Raise `ValueError` unless all tensors are of one of the dtypes in `INTEGERS`."""
     for name, tensor in tensors.items():
         if tensor.dtype not in INTEGERS:
@@ -64,7 +65,7 @@ def check_integers(operation: str, **tensors) -> None:
             raise ValueError(f"{operation}: {name} has dtype {tensor.dtype}, expected one of {expected}")
 
 
-def check_range(operation: str, name: str, tensor, low: int, high: int) -> None:
+def check_range(operation: str, name: str, tensor: Tensor, low: int, high: int) -> None:
     """Raise `ValueError` unless low <= tensor < high. On a GPU the check would stall the stream, so it is left out."""
     if tensor.device.type != "cpu" or tensor.numel() == 0 or torch.compiler.is_compiling():
         return

@@ -1,18 +1,26 @@
 """Which backend runs an operation: torch on any device, triton on CUDA."""
 
 import os
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 
 from cocomix_kernels.common.recording import is_recording
+
+R = TypeVar("R")
 
 BACKENDS = ("torch", "triton")
 VARIABLE = "COCOMIX_BACKEND"
 
 
 def choose_backend(
-    operation: str, implementations: dict, backend: str | None, device: torch.device, default: str | None = None
-):
+    operation: str,
+    implementations: Mapping[str, Callable[..., R]],
+    backend: str | None,
+    device: torch.device,
+    default: str | None = None,
+) -> Callable[..., R]:
     """Return the implementation of `operation` to run.
 
     `implementations` maps a backend's name to a function; names beyond `BACKENDS` are libraries that this operation
@@ -45,7 +53,7 @@ def choose_backend(
     return implementations["torch"]
 
 
-def _runs_on(backend, device):
+def _runs_on(backend: str, device: torch.device) -> bool:
     if device.type == "cuda" or backend == "torch":
         return True
     if backend != "triton":

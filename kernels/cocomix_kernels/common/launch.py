@@ -5,9 +5,10 @@ arguments and configurations, so that exactly what dispatch chooses for a shape 
 """
 
 import contextlib
+from typing import Any, cast
 
 import torch
-import triton
+import triton  # pyright: ignore[reportMissingTypeStubs]
 
 from cocomix_kernels.common.recording import Launch, recorder
 
@@ -20,7 +21,9 @@ def compute_capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
-def launch(kernel, grid, *arguments, num_warps=4, num_stages=3, **constants) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any
+) -> None:
     """Start `kernel` on `grid` (a tuple; nothing happens where it is empty) on the first tensor's device."""
     recording = recorder()
     if recording is not None:
@@ -38,9 +41,9 @@ def ceil_div(a: int, b: int) -> int:
 
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least n."""
-    return int(triton.next_power_of_2(n))
+    return int(cast(Any, triton).next_power_of_2(n))
 
 
-def interpreted(kernel) -> bool:
+def interpreted(kernel: Any) -> bool:
     """Whether `kernel` runs in Triton's interpreter, which computes bfloat16 products wrongly."""
     return not isinstance(kernel, triton.runtime.JITFunction)

@@ -1,11 +1,12 @@
 """Matrix products into buffers of another precision than the factors'."""
 
 import torch
+from torch import Tensor
 
 from cocomix_kernels.common.chunking import accumulation_dtype
 
 
-def add_product_(total, left, right) -> None:
+def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right, where `total` may have a higher precision than the factors."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
@@ -15,7 +16,7 @@ def add_product_(total, left, right) -> None:
         total.add_(left @ right)
 
 
-def write_product(out, left, right) -> None:
+def write_product(out: Tensor, left: Tensor, right: Tensor) -> None:
     """out = left @ right, where `out` may have another precision than the factors."""
     if out.dtype == left.dtype:
         torch.mm(left, right, out=out)

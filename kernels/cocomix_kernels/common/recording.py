@@ -4,9 +4,11 @@ Free of Triton, so that the choice of a backend can ask whether launches are onl
 """
 
 import contextlib
+from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Any
 
-_recorder = None
+_recorder: "_Recorder | None" = None
 
 
 @dataclass(frozen=True)
@@ -14,19 +16,20 @@ class Launch:
     """One kernel start: positional arguments in the kernel's order, constexprs by name, and its configuration."""
 
     kernel: object  # a triton.jit function
-    arguments: tuple
-    constants: dict
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
     num_warps: int
     num_stages: int
 
 
 class _Recorder:
-    def __init__(self, capability):
-        self.capability, self.launches = capability, []
+    def __init__(self, capability: tuple[int, int]):
+        self.capability = capability
+        self.launches: list[Launch] = []
 
 
 @contextlib.contextmanager
-def recording(capability: tuple[int, int]):
+def recording(capability: tuple[int, int]) -> Generator[list[Launch]]:
     """Collect launches instead of running them, choosing configurations for a GPU of this compute capability.
 
     Yields the list of `Launch`. What the kernels would have written stays uninitialised.

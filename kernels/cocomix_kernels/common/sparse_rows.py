@@ -10,6 +10,9 @@ slices be the slow axis of the grid: while one slice of all tokens is at work, C
 16 MiB at C = 32768, which the second-level cache of an A100 or H100 holds whole.
 """
 
+# Triton's language has types of its own, which checkers take for something else.
+# pyright: basic
+
 from typing import NamedTuple
 
 import torch

@@ -6,6 +6,7 @@ R rows of a chunk, C concepts, k kept, K labels a row.
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from cocomix_kernels.common.chunking import accumulation_dtype, row_chunks
 from cocomix_kernels.common.selection import stable_topk
@@ -14,9 +15,9 @@ from cocomix_kernels.common.selection import stable_topk
 class Targets(NamedTuple):
     """Labels of some rows and what they weigh in the loss."""
 
-    labels: torch.Tensor  # [R, K], -1 where there is none
-    label_weights: torch.Tensor  # [R, K], 0 where there is none
-    token_weights: torch.Tensor  # [R], the sum of a row's label weights
+    labels: Tensor  # [R, K], -1 where there is none
+    label_weights: Tensor  # [R, K], 0 where there is none
+    token_weights: Tensor  # [R], the sum of a row's label weights
 
     def rows(self, rows: slice) -> "Targets":
         """The same for a slice of the rows."""
@@ -26,17 +27,19 @@ class Targets(NamedTuple):
 class TorchSteps:
     """What happens to a chunk of logits between the library's products."""
 
-    def bytes_per_logit(self, dtype: torch.dtype) -> int:
+    def bytes_per_logit(self, dtype: torch.dtype) -> float:
         """Room for a logit; where sums have a higher precision, for one copy in each."""
         wide = accumulation_dtype(dtype).itemsize
         return wide if dtype.itemsize == wide else wide + 2 * dtype.itemsize
 
-    def topk(self, logits, k, values, indices) -> None:
+    def topk(self, logits: Tensor, k: int, values: Tensor, indices: Tensor) -> None:
         """Write the k largest of each row, in order, to values [R, k] and indices [R, k]."""
         top, indices[:] = stable_topk(logits, k)
         values[:] = top
 
-    def topk_and_loss(self, logits, k, targets, values, indices, gradient_wanted):
+    def topk_and_loss(
+        self, logits: Tensor, k: int, targets: Targets, values: Tensor, indices: Tensor, gradient_wanted: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """`topk`, the weighted cross-entropy summed over the chunk, its gradient with respect to the logits and that
         gradient's column sums [C] (both None unless wanted). Overwrites logits where the dtype allows."""
         self.topk(logits, k, values, indices)
@@ -51,7 +54,16 @@ class TorchSteps:
         p.mul_(targets.token_weights[:, None] / total).scatter_add_(1, labels, -targets.label_weights)
         return loss, p.to(logits.dtype), p.sum(0)
 
-    def linear_gradients(self, grad_values, indices, x, weight, of_loss, grad_loss, wanted):
+    def linear_gradients(
+        self,
+        grad_values: Tensor | None,
+        indices: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        of_loss: tuple[Tensor, Tensor, Tensor] | None,
+        grad_loss: Tensor | None,
+        wanted: tuple[bool, bool],
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients (dx, dw, db) of a linear layer that is reached through k kept outputs a row and through a loss.
 
         grad_values [N, k] and `of_loss`, the loss's own (dx, dw, db), may each be None; grad_loss is a scalar tensor.
@@ -67,20 +79,32 @@ class TorchSteps:
         ]
         if grad_values is not None:
             _add_sparse_gradients(grad_values, indices, x, weight, *gradients)
-        return tuple(x.new_empty(0) if g is None else g.to(x.dtype) for g in gradients)
+        dx, dw, db = (x.new_empty(0) if g is None else g.to(x.dtype) for g in gradients)
+        return dx, dw, db
 
 
-def _share_of_loss(like, of_loss, grad_loss, dtype):
+def _share_of_loss(like: Tensor, of_loss: Tensor | None, grad_loss: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What comes into a gradient through the loss: zeros where there was none."""
-    return like.new_zeros(like.shape, dtype=dtype) if of_loss is None else of_loss.to(dtype) * grad_loss
+    if of_loss is None or grad_loss is None:
+        return like.new_zeros(like.shape, dtype=dtype)
+    return of_loss.to(dtype) * grad_loss
 
 
-def _add_sparse_gradients(grad_values, indices, x, weight, dx, dw, db):  # never touches more than the kept rows
+def _add_sparse_gradients(
+    grad_values: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    dx: Tensor | None,
+    dw: Tensor | None,
+    db: Tensor | None,
+) -> None:
+    # never touches more than the kept rows
     n_kept, width = indices.shape[1], x.shape[1]
     for rows in row_chunks(x.shape[0], 2 * n_kept * width * accumulation_dtype(x.dtype).itemsize, x.device):
         g, kept = grad_values[rows], indices[rows]
         if dx is not None:
             dx[rows] += torch.bmm(g[:, None, :].to(dx.dtype), weight[kept].to(dx.dtype))[:, 0]
-        if dw is not None:
+        if dw is not None and db is not None:
             dw.index_add_(0, kept.flatten(), (g[:, :, None].to(dw.dtype) * x[rows, None, :]).flatten(0, 1))
             db.index_add_(0, kept.flatten(), g.flatten().to(db.dtype))

@@ -8,9 +8,13 @@ a fourth; the backward pass scales those and adds the gradient through the k kep
 products are the library's; the steps between them are PyTorch's or Triton kernels.
 """
 
-from typing import NamedTuple
+# torch.library has no types for what it decorates.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from cocomix_kernels.common.checks import check_device, check_integers, check_k, check_range, check_same, check_shapes
 from cocomix_kernels.common.chunking import accumulation_dtype
@@ -23,12 +27,12 @@ from cocomix_kernels.concept_head.steps import backends, logit_chunks, steps
 class ConceptHead(NamedTuple):
     """What `concept_head` returns."""
 
-    values: torch.Tensor  # [N, k] kept logits, descending
-    indices: torch.Tensor  # [N, k] int64
-    loss: torch.Tensor | None  # scalar, None without labels
+    values: Tensor  # [N, k] kept logits, descending
+    indices: Tensor  # [N, k] int64
+    loss: Tensor | None  # scalar, None without labels
 
 
-def _targets(labels, dtype) -> Targets:
+def _targets(labels: Tensor, dtype: torch.dtype) -> Targets:
     """What each label [N, K] and each token weighs in the mean over labelled tokens."""
     valid = labels >= 0
     count = valid.sum(1)
@@ -40,15 +44,15 @@ def _targets(labels, dtype) -> Targets:
 
 @torch.library.custom_op("cocomix::concept_head", mutates_args=())
 def _concept_head(
-    x: torch.Tensor,  # [N, d]
-    weight: torch.Tensor,  # [C, d]
-    bias: torch.Tensor,  # [C]
-    labels: torch.Tensor | None,  # [N, K]
+    x: Tensor,  # [N, d]
+    weight: Tensor,  # [C, d]
+    bias: Tensor,  # [C]
+    labels: Tensor | None,  # [N, K]
     k: int,
     dx_wanted: bool,
     dw_wanted: bool,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     values, indices, loss, dx, dw, db = _outputs(x, weight, bias, labels, k, dx_wanted, dw_wanted, backend)
     for total in (loss, dw, db):
         total.zero_()
@@ -62,16 +66,27 @@ def _concept_head(
             logits, k, targets.rows(rows), values[rows], indices[rows], dx_wanted or dw_wanted
         )
         loss += part
+        if gradient is None:
+            continue
         if dx_wanted:
             torch.mm(gradient, weight, out=dx[rows])
         if dw_wanted:
-            add_product_(dw, gradient.t(), x[rows])  # pyright: ignore[reportOptionalMemberAccess]  there is one where it is wanted
+            add_product_(dw, gradient.t(), x[rows])
             db += column_sums
     return values, indices, loss, dx, dw, db
 
 
 @_concept_head.register_fake
-def _outputs(x, weight, bias, labels, k, dx_wanted, dw_wanted, backend):
+def _outputs(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor | None,
+    k: int,
+    dx_wanted: bool,
+    dw_wanted: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(x.dtype)
     (n, d), c = x.shape, weight.shape[0]
     dx_wanted, dw_wanted = (wanted and labels is not None for wanted in (dx_wanted, dw_wanted))
@@ -87,39 +102,53 @@ def _outputs(x, weight, bias, labels, k, dx_wanted, dw_wanted, backend):
 
 @torch.library.custom_op("cocomix::concept_head_backward", mutates_args=())
 def _concept_head_backward(
-    grad_values: torch.Tensor | None,  # [N, k]
-    grad_loss: torch.Tensor | None,  # scalar, None where there was no loss or nothing comes back through it
-    indices: torch.Tensor,  # [N, k]
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    loss_dx: torch.Tensor,  # [N, d]
-    loss_dw: torch.Tensor,  # [C, d]
-    loss_db: torch.Tensor,  # [C]
+    grad_values: Tensor | None,  # [N, k]
+    grad_loss: Tensor | None,  # scalar, None where there was no loss or nothing comes back through it
+    indices: Tensor,  # [N, k]
+    x: Tensor,
+    weight: Tensor,
+    loss_dx: Tensor,  # [N, d]
+    loss_dw: Tensor,  # [C, d]
+    loss_db: Tensor,  # [C]
     dx_wanted: bool,
     dw_wanted: bool,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     of_loss = None if grad_loss is None else (loss_dx, loss_dw, loss_db)
     wanted = dx_wanted, dw_wanted
     return steps(backend).linear_gradients(grad_values, indices, x, weight, of_loss, grad_loss, wanted)
 
 
 @_concept_head_backward.register_fake
-def _(grad_values, grad_loss, indices, x, weight, loss_dx, loss_dw, loss_db, dx_wanted, dw_wanted, backend):
+def _(
+    grad_values: Tensor | None,
+    grad_loss: Tensor | None,
+    indices: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    loss_dx: Tensor,
+    loss_dw: Tensor,
+    loss_db: Tensor,
+    dx_wanted: bool,
+    dw_wanted: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
     shapes = (x.shape if dx_wanted else (0,), *((weight.shape, weight.shape[:1]) if dw_wanted else ((0,), (0,))))
     return tuple(x.new_empty(shape) for shape in shapes)
 
 
-def _setup_context(ctx, inputs, output):
-    x, weight, bias, labels, k, dx_wanted, dw_wanted, backend = inputs
-    values, indices, loss, dx, dw, db = output
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, _, labels, _, dx_wanted, dw_wanted, backend = inputs
+    _, indices, _, dx, dw, db = output
     ctx.mark_non_differentiable(indices, dx, dw, db)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(indices, x, weight, dx, dw, db)
     ctx.wanted, ctx.backend, ctx.has_loss = (dx_wanted, dw_wanted), backend, labels is not None
 
 
-def _backward(ctx, grad_values, grad_indices, grad_loss, *_):
+def _backward(
+    ctx: Any, grad_values: Tensor | None, grad_indices: Tensor | None, grad_loss: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
     if not ctx.has_loss:
         grad_loss = None
     gradients = _concept_head_backward(grad_values, grad_loss, *ctx.saved_tensors, *ctx.wanted, ctx.backend)
@@ -130,7 +159,7 @@ def _backward(ctx, grad_values, grad_indices, grad_loss, *_):
 _concept_head.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _run(backend, x, weight, bias, k, labels):
+def _run(backend: str, x: Tensor, weight: Tensor, bias: Tensor, k: int, labels: Tensor | None) -> ConceptHead:
     grad = torch.is_grad_enabled()
     dx_wanted = grad and x.requires_grad
     dw_wanted = grad and (weight.requires_grad or bias.requires_grad)
@@ -138,7 +167,9 @@ def _run(backend, x, weight, bias, k, labels):
     return ConceptHead(values, indices, None if labels is None else loss)
 
 
-def concept_head(x, weight, bias, k, labels=None, *, backend=None) -> ConceptHead:
+def concept_head(
+    x: Tensor, weight: Tensor, bias: Tensor, k: int, labels: Tensor | None = None, *, backend: str | None = None
+) -> ConceptHead:
     """Predict concepts: logits z = x W^T + b, their TopK, and the concept loss.
 
     x [N, d], weight [C, d], bias [C]: one floating dtype; labels [N, K] integers, -1 where there is none.

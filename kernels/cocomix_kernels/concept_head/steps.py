@@ -1,17 +1,22 @@
 """What `concept_head` and `topk_linear` share: the backends that take their shapes, and the product by chunks."""
 
 import functools
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from cocomix_kernels.common.chunking import row_chunks
 from cocomix_kernels.concept_head.eager import TorchSteps
+
+R = TypeVar("R")
 
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _TRITON_K, _TRITON_WIDTH = 256, 2**20  # sorting networks grow with k, and sort keys hold the index of a column
 
 
-def backends(run, dtype, width, k) -> dict:
+def backends(run: Callable[..., R], dtype: torch.dtype, width: int, k: int) -> dict[str, Callable[..., R]]:
     """`run`, bound to each backend that takes C = `width` concepts of this dtype and k kept ones."""
     fits = dtype in _TRITON_DTYPES and k <= _TRITON_K and width <= _TRITON_WIDTH
     return {name: functools.partial(run, name) for name in ("torch", "triton") if fits or name == "torch"}
@@ -26,7 +31,7 @@ def steps(backend: str) -> TorchSteps:
     return TorchSteps()
 
 
-def logit_chunks(x, weight, bias, backend):
+def logit_chunks(x: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Iterator[tuple[slice, Tensor]]:
     """Yield (rows, logits) for x [N, d], weight [C, d], bias [C]: logits [R, C] in x's dtype, in a reused buffer.
 
     A consumer may overwrite the logits.

@@ -7,9 +7,13 @@ along in registers. A block takes a strip of columns down some hundreds of rows 
 small buffer, so that they are added in one order, whatever the schedule.
 """
 
+# Triton's language has types of its own, which checkers take for something else.
+# pyright: basic
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from cocomix_kernels.common.launch import ceil_div, launch
 
@@ -50,7 +54,9 @@ def _gradient_kernel(
     tl.store(column_sums + block.to(tl.int64) * n_columns + columns, tl.sum(total, axis=0), mask=columns < n_columns)
 
 
-def cross_entropy_gradient_(logits, lse, token_weights, labels, label_weights) -> torch.Tensor:
+def cross_entropy_gradient_(
+    logits: Tensor, lse: Tensor, token_weights: Tensor, labels: Tensor, label_weights: Tensor
+) -> Tensor:
     """Overwrite logits [R, C] with token_weights * softmax(logits) - sum_j label_weights_j * onehot(label_j).
 
     lse [R] is the rows' log-sum-exp, token_weights [R] and label_weights [R, K] are float32, labels [R, K] int32

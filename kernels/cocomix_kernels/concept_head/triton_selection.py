@@ -11,11 +11,15 @@ above the complement of the index. bfloat16 values need 32 bits for both, others
 Many small blocks rather than few large ones: while one warp selects, which is latency, others stream.
 """
 
+# Triton's language has types of its own, which checkers take for something else.
+# pyright: basic
+
 import math
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from cocomix_kernels.common.launch import ceil_div, launch, next_power_of_2
 
@@ -128,12 +132,22 @@ def _row_topk_kernel(
     tl.store(indices + row * k + place, _index_of(best_keys, NARROW).to(tl.int64), mask=place < k)
 
 
-def _group_width(n_columns, k):
+def _group_width(n_columns: int, k: int) -> int:
     """The power of two at or below sqrt(C / k), where C / g maxima and k * g candidates are about as many."""
     return 1 << (math.isqrt(n_columns // k).bit_length() - 1)
 
 
-def row_topk(logits, k, values, indices, *, labels=None, label_weights=None, lse=None, losses=None) -> None:
+def row_topk(
+    logits: Tensor,
+    k: int,
+    values: Tensor,
+    indices: Tensor,
+    *,
+    labels: Tensor | None = None,
+    label_weights: Tensor | None = None,
+    lse: Tensor | None = None,
+    losses: Tensor | None = None,
+) -> None:
     """Write the k largest entries of each row of logits [R, C], largest first, ties to the lowest index.
 
     values [R, k] float32, indices [R, k] int64, contiguous. With labels [R, K] int32 and label_weights [R, K] also

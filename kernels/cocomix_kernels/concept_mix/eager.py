@@ -3,8 +3,14 @@
 Shapes: B sequences of T tokens, N = B * T, d width, C concepts, k kept concepts.
 """
 
+# torch.autograd.Function has no types for what it applies.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from cocomix_kernels.common.chunking import accumulation_dtype, row_chunks
 
@@ -13,7 +19,8 @@ class _WeightedRows(torch.autograd.Function):
     """sum_j values[n, j] * weight[indices[n, j]] from low-precision rows, in float32, a chunk of tokens at a time."""
 
     @staticmethod
-    def forward(ctx, values, indices, weight):  # [N, k], [N, k], [C, d] -> [N, d] float32
+    def forward(ctx: Any, values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+        # [N, k], [N, k], [C, d] -> [N, d] float32
         ctx.save_for_backward(values, indices, weight)
         out = values.new_empty(values.shape[0], weight.shape[1], dtype=torch.float32)
         for rows in _gather_chunks(indices, weight):
@@ -21,7 +28,8 @@ class _WeightedRows(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor]:
+        (grad,) = grads
         values, indices, weight = ctx.saved_tensors
         dvalues, dweight = torch.empty_like(values), torch.zeros_like(weight, dtype=torch.float32)
         for rows in _gather_chunks(indices, weight):
@@ -31,17 +39,19 @@ class _WeightedRows(torch.autograd.Function):
         return dvalues, None, dweight.to(weight.dtype)
 
 
-def _gather_chunks(indices, weight):
+def _gather_chunks(indices: Tensor, weight: Tensor) -> list[slice]:
     return row_chunks(indices.shape[0], 3 * indices.shape[1] * weight.shape[1] * 4, weight.device)
 
 
-def _weighted_rows(values, indices, weight):  # [N, k], [N, k], [C, d] -> [N, d]
+def _weighted_rows(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:  # [N, k], [N, k], [C, d] -> [N, d]
     if weight.dtype == values.dtype:  # float32 or float64, where the library's kernel keeps full precision
         return F.embedding_bag(indices, weight, per_sample_weights=values, mode="sum")
     return _WeightedRows.apply(values, indices, weight)
 
 
-def concept_vectors(values, indices, weight, bias, pre_bias, mean, std):
+def concept_vectors(
+    values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor, pre_bias: Tensor, mean: Tensor, std: Tensor
+) -> Tensor:
     """The continuous concepts c = (sum_j v_j W[i_j] + b + pre_bias) * std + mean.
 
     Shapes as in `concept_mix`; returns [B, T, d] in the accumulation dtype.
@@ -52,12 +62,12 @@ def concept_vectors(values, indices, weight, bias, pre_bias, mean, std):
     return (rows + (bias + pre_bias)) * std + mean
 
 
-def torch_mix(hidden, *of_concepts):
+def torch_mix(hidden: Tensor, *of_concepts: Tensor) -> Tensor:
     """hidden [B, T, d] and what `concept_vectors` takes -> [B, 2T, d], interleaved."""
     concepts = concept_vectors(*of_concepts)
     return torch.stack([hidden, concepts.to(hidden.dtype)], dim=2).flatten(1, 2)
 
 
-def torch_add(hidden, *of_concepts):
+def torch_add(hidden: Tensor, *of_concepts: Tensor) -> Tensor:
     """hidden [B, T, d] and what `concept_vectors` takes -> [B, T, d], added."""
     return hidden + concept_vectors(*of_concepts).to(hidden.dtype)

@@ -3,10 +3,15 @@
 Shapes: B sequences of T tokens, N = B * T, d width, C concepts, k kept concepts.
 """
 
-from collections.abc import Sequence
+# torch.library has no types for what it decorates.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from cocomix_kernels.common.checks import (
     check_device,
@@ -22,16 +27,16 @@ from cocomix_kernels.concept_mix.eager import torch_add, torch_mix
 
 @torch.library.custom_op("cocomix::concept_mix", mutates_args=())
 def _mix(
-    hidden: torch.Tensor,  # [B, T, d]
-    values: torch.Tensor,  # [B, T, k]
-    indices: torch.Tensor,  # [B, T, k]
-    weight: torch.Tensor,  # [C, d]
-    bias: torch.Tensor,  # [d]
-    pre_bias: torch.Tensor,  # [d]
-    mean: torch.Tensor,  # [B, T, 1]
-    std: torch.Tensor,  # [B, T, 1]
+    hidden: Tensor,  # [B, T, d]
+    values: Tensor,  # [B, T, k]
+    indices: Tensor,  # [B, T, k]
+    weight: Tensor,  # [C, d]
+    bias: Tensor,  # [d]
+    pre_bias: Tensor,  # [d]
+    mean: Tensor,  # [B, T, 1]
+    std: Tensor,  # [B, T, 1]
     interleaved: bool,
-) -> torch.Tensor:
+) -> Tensor:
     from cocomix_kernels.concept_mix.triton_kernel import mix
 
     mixed = _mixed(hidden, values, indices, weight, bias, pre_bias, mean, std, interleaved)
@@ -40,22 +45,32 @@ def _mix(
 
 
 @_mix.register_fake
-def _mixed(hidden, values, indices, weight, bias, pre_bias, mean, std, interleaved):
+def _mixed(
+    hidden: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    pre_bias: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    interleaved: bool,
+) -> Tensor:
     batch, length, width = hidden.shape
     return hidden.new_empty(batch, (2 if interleaved else 1) * length, width)
 
 
 @torch.library.custom_op("cocomix::concept_mix_backward", mutates_args=())
 def _mix_backward(
-    grad: torch.Tensor,  # [B, 2T, d], or [B, T, d] where the concepts were added
-    values: torch.Tensor,  # [B, T, k]
-    indices: torch.Tensor,  # [B, T, k]
-    weight: torch.Tensor,  # [C, d]
-    bias: torch.Tensor,  # [d]
-    pre_bias: torch.Tensor,  # [d]
-    std: torch.Tensor,  # [B, T, 1]
+    grad: Tensor,  # [B, 2T, d], or [B, T, d] where the concepts were added
+    values: Tensor,  # [B, T, k]
+    indices: Tensor,  # [B, T, k]
+    weight: Tensor,  # [C, d]
+    bias: Tensor,  # [d]
+    pre_bias: Tensor,  # [d]
+    std: Tensor,  # [B, T, 1]
     wanted: Sequence[bool],  # gradients of values, weight, biases, mean, std
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from cocomix_kernels.concept_mix import triton_kernel as mix
 
     gradients = _gradients(grad, values, indices, weight, bias, pre_bias, std, wanted)
@@ -70,19 +85,28 @@ def _mix_backward(
 
 
 @_mix_backward.register_fake
-def _gradients(grad, values, indices, weight, bias, pre_bias, std, wanted):
+def _gradients(
+    grad: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    pre_bias: Tensor,
+    std: Tensor,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, ...]:
     like = (values, weight, bias, std.float(), std.float())
     return tuple(t.new_empty(t.shape if w else (0,)) for t, w in zip(like, wanted, strict=True))
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     _, values, indices, weight, bias, pre_bias, mean, std, interleaved = inputs
     ctx.save_for_backward(values, indices, weight, bias, pre_bias, std)
     ctx.interleaved, ctx.statistics_dtypes = interleaved, (mean.dtype, std.dtype)
 
 
-def _backward(ctx, grad):
-    hidden, values, _, weight, bias, pre_bias, mean, std, _ = ctx.needs_input_grad
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    _, values, _, weight, bias, pre_bias, mean, std, _ = ctx.needs_input_grad
     wanted = [values, weight, bias or pre_bias, mean, std]
     dhidden = grad[:, ::2] if ctx.interleaved else grad
     dvalues, dweight, dbias, dmean, dstd = _mix_backward(grad, *ctx.saved_tensors, wanted)
@@ -94,12 +118,25 @@ def _backward(ctx, grad):
 _mix.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _triton_backend(hidden, values, indices, *rest, interleaved):
+def _triton_backend(hidden: Tensor, values: Tensor, indices: Tensor, *rest: Tensor, interleaved: bool) -> Tensor:
     wide = indices if indices.dtype in (torch.int64, torch.int32) else indices.long()
     return _mix(hidden, values, wide, *rest, interleaved)
 
 
-def _run(operation, torch_backend, interleaved, backend, hidden, values, indices, weight, bias, pre_bias, mean, std):
+def _run(
+    operation: str,
+    torch_backend: Callable[..., Tensor],
+    interleaved: bool,
+    backend: str | None,
+    hidden: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    pre_bias: Tensor,
+    mean: Tensor,
+    std: Tensor,
+) -> Tensor:
     sizes = check_shapes(
         operation,
         hidden=(hidden, "B T d"),
@@ -123,7 +160,18 @@ def _run(operation, torch_backend, interleaved, backend, hidden, values, indices
     return run(hidden, values, indices, weight, bias, pre_bias, mean, std)
 
 
-def concept_mix(hidden, values, indices, weight, bias, pre_bias, mean, std, *, backend=None) -> torch.Tensor:
+def concept_mix(
+    hidden: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    pre_bias: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    backend: str | None = None,
+) -> Tensor:
     """Compress the kept concepts into one vector a token and interleave it: h_0, c_0, h_1, c_1, ...
 
     hidden [B, T, d]; values, indices [B, T, k]; weight [C, d] with one row a concept; bias, pre_bias [d];
@@ -138,7 +186,18 @@ def concept_mix(hidden, values, indices, weight, bias, pre_bias, mean, std, *, b
     return _run("concept_mix", torch_mix, True, backend, hidden, values, indices, weight, bias, pre_bias, mean, std)
 
 
-def concept_add(hidden, values, indices, weight, bias, pre_bias, mean, std, *, backend=None) -> torch.Tensor:
+def concept_add(
+    hidden: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    pre_bias: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    backend: str | None = None,
+) -> Tensor:
     """Compress the kept concepts into one vector a token and add it: h_t + c_t.
 
     Arguments, precision, gradients and errors as for `concept_mix`; returns [B, T, d] in hidden's dtype.

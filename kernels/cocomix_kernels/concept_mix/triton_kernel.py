@@ -10,6 +10,9 @@ output, where rounding would cost its precision. The gradient of the weight is a
 biases a scatter into one row; both are deterministic.
 """
 
+# Triton's language has types of its own, which checkers take for something else.
+# pyright: basic
+
 import torch
 import triton
 import triton.language as tl

@@ -1,7 +1,11 @@
 """Loss of the language-model head without [N, V] logits: a choice among libraries."""
 
+# Liger-Kernel, torch's checkpoint and Tensor.split have no types.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cocomix_kernels.common.checks import check_device, check_integers, check_range, check_same, check_shapes
@@ -11,7 +15,7 @@ from cocomix_kernels.common.dispatch import choose_backend
 _CPU_ROWS = 128  # as fast as 256 at V = 50257, d = 512; PyTorch's own choice takes three times as long
 
 
-def _pytorch(x, weight, labels, ignore_index):
+def _pytorch(x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     """PyTorch 2.13 and later. It sums the chunks' losses and gradients in the inputs' dtype, hence the casts."""
     x, weight = (t.to(accumulation_dtype(t.dtype)) for t in (x, weight))
     rows = _CPU_ROWS if x.device.type == "cpu" else chunk_rows(len(x), 4 * weight.shape[0], x.device)
@@ -24,19 +28,19 @@ def _pytorch(x, weight, labels, ignore_index):
     return F.linear_cross_entropy(x, weight, labels, ignore_index=ignore_index, options=options)
 
 
-def _liger(x, weight, labels, ignore_index):
+def _liger(x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction  # pyright: ignore[reportMissingImports]  an optional library
 
     loss, *_ = LigerFusedLinearCrossEntropyFunction.apply(x, weight, labels, None, None, ignore_index)
     return loss
 
 
-def _recomputed(x, weight, labels, ignore_index):
+def _recomputed(x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     """Chunks whose logits are computed again in the backward pass: a fourth product, but no library needed."""
     total = torch.zeros((), dtype=accumulation_dtype(x.dtype), device=x.device)
     wide_weight = weight.to(total.dtype)  # so that the chunks' gradients add up in this dtype
 
-    def chunk_loss(part, part_labels):
+    def chunk_loss(part: Tensor, part_labels: Tensor) -> Tensor:
         logits = (part @ wide_weight.to(part.dtype).t()).to(total.dtype)
         return F.cross_entropy(logits, part_labels, ignore_index=ignore_index, reduction="sum")
 
@@ -46,7 +50,7 @@ def _recomputed(x, weight, labels, ignore_index):
     return total / (labels != ignore_index).sum()
 
 
-def _torch_backend(x, weight, labels, ignore_index):
+def _torch_backend(x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     in_full_precision = x.device.type == "cpu" or x.dtype == accumulation_dtype(x.dtype)
     if hasattr(F, "linear_cross_entropy") and in_full_precision:  # a CPU multiplies in float32 in any case
         return _pytorch(x, weight, labels, ignore_index)
@@ -58,7 +62,9 @@ def _torch_backend(x, weight, labels, ignore_index):
     return _recomputed(x, weight, labels, ignore_index)
 
 
-def linear_cross_entropy(x, weight, labels, *, ignore_index=-100, backend=None) -> torch.Tensor:
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int = -100, backend: str | None = None
+) -> Tensor:
     """Mean cross-entropy of the logits x W^T, over the labels that are not `ignore_index`.
 
     x [N, d], weight [V, d]: one floating dtype; labels [N] int64. Returns a scalar in float32 (float64 for float64

@@ -10,10 +10,14 @@ those. So forward and backward do three products of N*V*d, and the teacher's N*V
 operation is for comparison, the products are the library's, and on a CPU they take most of the time.
 """
 
+# torch.library has no types for what it decorates.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from cocomix_kernels.common.checks import (
     check_device,
@@ -31,15 +35,16 @@ from cocomix_kernels.common.products import add_product_, write_product
 _NAME = "linear_distillation"
 
 
-def _without_last(windows):  # [B, T, ...] -> [B (T - 1), ...]: the last token of a window predicts nothing
+def _without_last(windows: Tensor) -> Tensor:
+    # [B, T, ...] -> [B (T - 1), ...]: the last token of a window predicts nothing
     return windows[:, :-1].flatten(0, 1)
 
 
 class FullTargets(NamedTuple):
     """The teacher's whole distribution, which is never held: the softmax of hidden @ weight[:V].T."""
 
-    hidden: torch.Tensor  # [N, d_t] what the teacher's head multiplies
-    weight: torch.Tensor  # [V_t, d_t], V_t >= V; rows from V on are padding and get no probability
+    hidden: Tensor  # [N, d_t] what the teacher's head multiplies
+    weight: Tensor  # [V_t, d_t], V_t >= V; rows from V on are padding and get no probability
 
     def of_predictions(self) -> "FullTargets":
         """Of hidden [B, T, d_t], what the first T - 1 tokens of each window predict, [B (T - 1), d_t]."""
@@ -49,8 +54,8 @@ class FullTargets(NamedTuple):
 class TopTargets(NamedTuple):
     """The teacher's J most probable tokens; all others count as one more token, which has the rest of the mass."""
 
-    ids: torch.Tensor  # [N, J] integers below V, distinct in a row
-    log_probs: torch.Tensor  # [N, J] floating: log-probabilities under the whole distribution
+    ids: Tensor  # [N, J] integers below V, distinct in a row
+    log_probs: Tensor  # [N, J] floating: log-probabilities under the whole distribution
 
     def of_predictions(self) -> "TopTargets":
         """Of ids and log_probs [B, T, J], what the first T - 1 tokens of each window predict, [B (T - 1), J]."""
@@ -60,26 +65,26 @@ class TopTargets(NamedTuple):
 class DistillationLoss(NamedTuple):
     """What `linear_distillation` returns: scalars, of which only `loss` carries gradients."""
 
-    loss: torch.Tensor  # ntp_loss + distillation_weight * kl
-    ntp_loss: torch.Tensor  # mean next-token cross-entropy, nats
-    kl: torch.Tensor  # mean KL(teacher || student), nats
+    loss: Tensor  # ntp_loss + distillation_weight * kl
+    ntp_loss: Tensor  # mean next-token cross-entropy, nats
+    kl: Tensor  # mean KL(teacher || student), nats
 
 
 class _Rows(NamedTuple):
     """What both kinds of targets need of a chunk beside its logits."""
 
-    labels: torch.Tensor  # [R, 1] int64, 0 where ignored
-    ignored: torch.Tensor  # [R, 1] bool
+    labels: Tensor  # [R, 1] int64, 0 where ignored
+    ignored: Tensor  # [R, 1] bool
     kl_weight: float
     gradient_wanted: bool
 
 
-def _widened(matrix):
+def _widened(matrix: Tensor) -> Tensor:
     """The matrix as its products read it: a CPU multiplies in float32 in any case."""
     return matrix if matrix.is_cuda else matrix.to(accumulation_dtype(matrix.dtype))
 
 
-def _full_step(buffers, hidden, teacher_weight, rows: _Rows):
+def _full_step(buffers: list[Tensor], hidden: Tensor, teacher_weight: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
     """Losses of a chunk [R, 1] each, against the teacher's whole distribution; hidden [R, d_t].
 
     The first of three buffers [R, V] comes with the student's logits and leaves with their gradient, unless unwanted.
@@ -98,7 +103,7 @@ def _full_step(buffers, hidden, teacher_weight, rows: _Rows):
     return ntp, kl
 
 
-def _top_step(buffers, ids, log_probs, rows: _Rows):
+def _top_step(buffers: list[Tensor], ids: Tensor, log_probs: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
     """`_full_step` with one buffer, against J kept tokens; ids and log_probs [R, J]."""
     (logits,) = buffers
     ids = ids.long().masked_fill(rows.ignored, 0)
@@ -129,7 +134,7 @@ def _top_step(buffers, ids, log_probs, rows: _Rows):
     return log_z - label_logits, kl
 
 
-def _chunks(x, width, dtype, n_buffers) -> list[slice]:
+def _chunks(x: Tensor, width: int, dtype: torch.dtype, n_buffers: int) -> list[slice]:
     # On a CPU one buffer has to fit, not all: small buffers win less there than products of 128 rows do.
     copies = n_buffers * dtype.itemsize + x.dtype.itemsize if x.is_cuda else dtype.itemsize
     return row_chunks(x.shape[0], copies * width, x.device)
@@ -137,17 +142,17 @@ def _chunks(x, width, dtype, n_buffers) -> list[slice]:
 
 @torch.library.custom_op("cocomix::linear_distillation", mutates_args=())
 def _distillation(
-    x: torch.Tensor,  # [N, d]
-    weight: torch.Tensor,  # [V, d]
-    labels: torch.Tensor,  # [N] int64
+    x: Tensor,  # [N, d]
+    weight: Tensor,  # [V, d]
+    labels: Tensor,  # [N] int64
     ignore_index: int,
-    first_target: torch.Tensor,  # of `FullTargets` where `full`, else of `TopTargets`
-    second_target: torch.Tensor,
+    first_target: Tensor,  # of `FullTargets` where `full`, else of `TopTargets`
+    second_target: Tensor,
     full: bool,
     kl_weight: float,
     dx_wanted: bool,
     dw_wanted: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     loss, ntp_loss, kl, share, dx, dw = outputs = _outputs(
         x, weight, labels, ignore_index, first_target, second_target, full, kl_weight, dx_wanted, dw_wanted
     )
@@ -183,28 +188,38 @@ def _distillation(
 
 
 @_distillation.register_fake
-def _outputs(x, weight, labels, ignore_index, first_target, second_target, full, kl_weight, dx_wanted, dw_wanted):
+def _outputs(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    first_target: Tensor,
+    second_target: Tensor,
+    full: bool,
+    kl_weight: float,
+    dx_wanted: bool,
+    dw_wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, next-token loss, KL, what a token weighs in a mean, and dx [N, d] and dW [V, d] of the sums over tokens."""
     dtype = accumulation_dtype(x.dtype)
     (n, d), width = x.shape, weight.shape[0]
-    scalars = (x.new_empty((), dtype=dtype) for _ in range(4))
-    return *scalars, x.new_empty(n if dx_wanted else 0, d), x.new_empty(width if dw_wanted else 0, d, dtype=dtype)
+    loss, ntp_loss, kl, share = (x.new_empty((), dtype=dtype) for _ in range(4))
+    dx, dw = x.new_empty(n if dx_wanted else 0, d), x.new_empty(width if dw_wanted else 0, d, dtype=dtype)
+    return loss, ntp_loss, kl, share, dx, dw
 
 
 @torch.library.custom_op("cocomix::linear_distillation_backward", mutates_args=())
-def _distillation_backward(
-    grad_loss: torch.Tensor, share: torch.Tensor, dx: torch.Tensor, dw: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _distillation_backward(grad_loss: Tensor, share: Tensor, dx: Tensor, dw: Tensor) -> tuple[Tensor, Tensor]:
     scale = grad_loss * share
     return (dx.to(dw.dtype) * scale).to(dx.dtype), (dw * scale).to(dx.dtype)
 
 
 @_distillation_backward.register_fake
-def _(grad_loss, share, dx, dw):
+def _(grad_loss: Tensor, share: Tensor, dx: Tensor, dw: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(dx), torch.empty_like(dw, dtype=dx.dtype)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     *_, dx_wanted, dw_wanted = inputs
     _, ntp_loss, kl, share, dx, dw = output
     ctx.mark_non_differentiable(ntp_loss, kl, share, dx, dw)
@@ -213,7 +228,7 @@ def _setup_context(ctx, inputs, output):
     ctx.wanted = dx_wanted, dw_wanted
 
 
-def _backward(ctx, grad_loss, *_):
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
         return (None,) * 10
     gradients = _distillation_backward(grad_loss, *ctx.saved_tensors)
@@ -223,7 +238,9 @@ def _backward(ctx, grad_loss, *_):
 _distillation.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _torch_backend(x, weight, labels, targets, kl_weight, ignore_index):
+def _torch_backend(
+    x: Tensor, weight: Tensor, labels: Tensor, targets: FullTargets | TopTargets, kl_weight: float, ignore_index: int
+) -> DistillationLoss:
     wanted = (torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
     first, second = (t.detach() for t in targets)
     full = isinstance(targets, FullTargets)
@@ -232,7 +249,7 @@ def _torch_backend(x, weight, labels, targets, kl_weight, ignore_index):
 
 
 @torch.no_grad()
-def top_targets(hidden, weight, k) -> TopTargets:
+def top_targets(hidden: Tensor, weight: Tensor, k: int) -> TopTargets:
     """The k largest of the softmax of hidden @ weight.T, largest first: what `TopTargets` keeps of a teacher.
 
     hidden [N, d_t], weight [V, d_t]: one floating dtype. Logits are products in that dtype, summed and kept in float32
@@ -253,7 +270,7 @@ def top_targets(hidden, weight, k) -> TopTargets:
     return TopTargets(ids, log_probs)
 
 
-def _check_targets(x, weight, counted, targets):
+def _check_targets(x: Tensor, weight: Tensor, counted: Tensor, targets: object) -> None:
     if isinstance(targets, FullTargets):
         names = {"targets.hidden": targets.hidden, "targets.weight": targets.weight}
         sizes = check_shapes(
@@ -281,7 +298,14 @@ def _check_targets(x, weight, counted, targets):
 
 
 def linear_distillation(
-    x, weight, labels, targets, distillation_weight, *, ignore_index=-100, backend=None
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    targets: FullTargets | TopTargets,
+    distillation_weight: float,
+    *,
+    ignore_index: int = -100,
+    backend: str | None = None,
 ) -> DistillationLoss:
     """Mean cross-entropy of the logits x W^T plus `distillation_weight` times the mean KL(teacher || student).
 
