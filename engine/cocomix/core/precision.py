@@ -17,11 +17,9 @@ def fastest(device_type: str) -> tuple[str, str]:
         return "bf16", "a GPU multiplies it in hardware"
     if hasattr(torch.cpu, "get_capabilities"):
         capabilities = torch.cpu.get_capabilities()
-    else:  # PyTorch 2.11
-        capabilities = {
-            "amx_bf16": torch.cpu._is_amx_tile_supported(),
-            "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
-        }
+    else:  # an older PyTorch says it in functions of its own
+        questions = {"amx_bf16": "_is_amx_tile_supported", "avx512_bf16": "_is_avx512_bf16_supported"}
+        capabilities = {unit: getattr(torch.cpu, question)() for unit, question in questions.items()}
     units = [name for key, name in _CPU_UNITS.items() if capabilities.get(key)]
     if units:
         return "bf16", f"this processor multiplies it in hardware ({units[0]})"

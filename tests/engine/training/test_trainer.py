@@ -79,8 +79,9 @@ def test_bf16_stays_near_fp32_and_exports_its_fp32_masters(world):
 def test_a_run_on_another_processor_keeps_the_precision_that_it_began_with(world, monkeypatch, capsys):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     overrides = [*uneven(world), "train.precision=auto", "teacher.dtype=auto"]
-    stop_at(monkeypatch, 7)
-    assert world.train("auto", *overrides) == 75
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        assert world.train("auto", *overrides) == 75
     assert "train.precision=auto: bf16, since this processor multiplies it in hardware" in capsys.readouterr().out
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
     assert world.train("auto", *overrides, resume=True) == 0
