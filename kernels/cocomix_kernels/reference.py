@@ -66,10 +66,16 @@ def concept_mix(
     pre_bias: Tensor,
     mean: Tensor,
     std: Tensor,
+    *,
+    residual: bool = False,
 ) -> Tensor:
-    """Dense sparse-code vector, linear layer, de-normalisation, then h and c interleaved by stack and view."""
+    """Dense sparse-code vector, linear layer, de-normalisation, then h and c interleaved by stack and view; with
+    `residual` h + c - mean in place of c."""
     batch, length, width = hidden.shape
-    concept = _concepts(values, indices, weight, bias, pre_bias, mean, std)
+    if residual:  # h + c - mean, in which the mean cancels
+        concept = hidden + _concepts(values, indices, weight, bias, pre_bias, torch.zeros_like(mean), std)
+    else:
+        concept = _concepts(values, indices, weight, bias, pre_bias, mean, std)
     return torch.stack([hidden, concept.to(hidden.dtype)], dim=2).view(batch, 2 * length, width)
 
 

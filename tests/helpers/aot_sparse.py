@@ -1,5 +1,7 @@
 """Every launch that dispatch can choose for sparse products, attribution and concept mixing at real widths."""
 
+from functools import partial
+
 import torch
 
 from cocomix_kernels import concept_add, concept_attribution, concept_mix
@@ -39,7 +41,7 @@ def _mixing(d, k, dtype):
     statistics = torch.ones(2, *hidden.shape[:2], 1)
     inputs = [hidden, values, indices, weight[0], *torch.zeros(2, d, dtype=dtype), *statistics]
     for wanted in ((0, 1, 3, 4, 5, 6, 7), (1,), (6, 7)):  # all, and what a frozen neighbour leaves
-        for operation in (concept_mix, concept_add):
+        for operation in (concept_mix, partial(concept_mix, residual=True), concept_add):
             leaves = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(inputs)]
             operation(*leaves, backend="triton").sum().backward()
 

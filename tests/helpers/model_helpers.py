@@ -53,6 +53,12 @@ def small_model(dtype=torch.float32, seed=1, **settings):
     return model.eval()
 
 
+def method_settings(name):
+    """Settings of a model for "interleave", "interleave residual" and so on."""
+    mixing, *residual = name.split()
+    return {"mixing": mixing, "concept_residual": bool(residual)}
+
+
 def autoencoder(width=16, n_latents=64, k=8):
     """A random SAE whose decoder is near its encoder."""
     weight = torch.randn(n_latents, width)
@@ -94,6 +100,8 @@ def naive_student(parameters, config, ids, concept_labels=None):
             concepts = weights.get("pause_tokens.weight")
             if config.mixing != "pause":
                 concepts, concept_loss = _naive_concepts(weights, config, x, concept_labels)
+            if config.concept_residual:
+                concepts = x + concepts - (0 if config.mixing == "pause" else x.mean(-1, keepdim=True))
             if config.mixing == "add":
                 x = x + concepts
             elif config.mixing != "predict":

@@ -63,6 +63,8 @@ class ModelConfig:
     concept_loss_weight: float = not_negative(0.1)
     # or add, predict (without mixing), pause (a learned vector instead), none (NTP)
     mixing: str = one_of("interleave", MIXING)
+    # interleave and pause: what stands at a concept position is added to its token's hidden state
+    concept_residual: bool = False
 
 
 @dataclass
@@ -307,6 +309,8 @@ def _model_contradictions(model: ModelConfig) -> Iterator[str]:
         yield (
             f"model.insert_layer ({model.insert_layer}) must be at least 0 and below model.n_layer ({model.n_layer})"
         )
+    if model.concept_residual and model.mixing in ("add", "predict"):
+        yield f"model.concept_residual needs concept positions, which model.mixing={model.mixing} does not have"
     if predicts_concepts(model.mixing):
         if model.concept_topk > model.concept_dim:
             yield f"model.concept_topk ({model.concept_topk}) must be at most model.concept_dim ({model.concept_dim})"

@@ -5,6 +5,9 @@ add         the same, added to the hidden states instead: the sequence keeps its
 predict     concepts are predicted, for their loss alone: nothing is mixed in
 pause       one learned vector stands in each concept's place: the doubled sequence without any concepts
 none        next-token prediction
+
+With a residual (`concept_residual`), interleave and pause add what stands at a concept position to its token's hidden
+state, so that the position begins with what its token has.
 """
 
 # What a student may learn from beside its tokens, as messages and the fingerprints in checkpoints name it
@@ -44,6 +47,9 @@ def soft_targets_name(top_k: int | None) -> str:
     return f"whole {SOFT_TARGETS}" if top_k is None else f"top-{top_k} {SOFT_TARGETS}"
 
 
-def method_title(mixing: str, distils: bool = False) -> str:
-    """The method's name for people; `distils`: with knowledge distillation beside it."""
-    return _TITLES[mixing] + " with distillation" * distils
+def method_title(mixing: str, distils: bool = False, residual: bool = False) -> str:
+    """The method's name for people; `distils`: with knowledge distillation beside it; `residual`: with
+    `concept_residual`, which counts where there are concept positions."""
+    additions = ["residual"] if residual and doubles_sequence(mixing) else []
+    additions += ["distillation"] if distils else []
+    return " with ".join([_TITLES[mixing], " and ".join(additions)]) if additions else _TITLES[mixing]

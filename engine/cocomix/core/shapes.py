@@ -17,6 +17,7 @@ class StudentShape:
     concept_dim: int
     concept_topk: int
     mixing: str = "interleave"
+    concept_residual: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,4 +46,5 @@ def student_shape(config: Config, vocab_size: int) -> StudentShape:
         concept_dim=model.concept_dim,
         concept_topk=model.concept_topk,
         mixing=model.mixing,
+        concept_residual=model.concept_residual,
     )

@@ -5,7 +5,7 @@ import dataclasses
 from cocomix.core.config import Config
 from cocomix.core.files import write_json
 from cocomix.core.flops import parameter_count, training_flops
-from cocomix.core.methods import SOFT_TARGETS
+from cocomix.core.methods import SOFT_TARGETS, doubles_sequence
 from cocomix.core.tables import aligned
 from cocomix.costs.cluster import load_cluster
 from cocomix.costs.planner import Plan, gigabytes, make_job, make_plan, predict, settings_of
@@ -81,7 +81,8 @@ def _method(job):
         f"{'cached' if kind.cache_folder(config) else 'online'} {kind.title(config)}" for kind in wanted_kinds(config)
     ]
     distils = ["distillation"] * (SOFT_TARGETS in learns_from(config))
-    return ", ".join([f"mixing {job.shape.mixing}", *distils, *sources])
+    residual = ["residual"] * (doubles_sequence(job.shape.mixing) and job.shape.concept_residual)
+    return ", ".join([f"mixing {job.shape.mixing}", *residual, *distils, *sources])
 
 
 def _rates(job):

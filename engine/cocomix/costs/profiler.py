@@ -97,7 +97,7 @@ def results(profile: Profile) -> ProfileResults:
             ntp=parameter_count(dataclasses.replace(shape, mixing="none")), cocomix=parameter_count(shape)
         ),
         product_flops_per_s=Spread.of(profile.rates),
-        paper_saving=PAPER_SAVING if shape.mixing == "interleave" else None,
+        paper_saving=PAPER_SAVING if shape.mixing == "interleave" and not shape.concept_residual else None,
         methods={method.name: _figures(profile, method) for method in profile.methods.values()},
     )
 
@@ -117,7 +117,7 @@ def _settings(profile: Profile) -> Settings:
         ranks=profile.ranks.world,
         seq_len=profile.shape.seq_len,
         mixing=profile.shape.mixing,
-        method=method_title(profile.shape.mixing, SOFT_TARGETS in learns_from(config)),
+        method=method_title(profile.shape.mixing, SOFT_TARGETS in learns_from(config), profile.shape.concept_residual),
         learns_from=[kind.title(config) for kind in wanted_kinds(config)],
         tokens="random" if isinstance(profile.split, RandomTokens) else "files",
         teacher=teacher if profile.teachers else None,

@@ -10,8 +10,10 @@ class CoCoMixConfig(PreTrainedConfig):
 
     `n_positions` counts tokens (T), never the doubled length. `mixing` is "interleave" (the paper's method), "add"
     (h + c, the sequence keeps T positions), "predict" (concepts are predicted and not mixed in), "pause" (a learned
-    vector in each concept's place) or "none" (plain GPT-2). `distillation_weight` is that of KL(teacher || student)
-    where soft targets are given. Raises `ValueError` for values that contradict each other.
+    vector in each concept's place) or "none" (plain GPT-2). With `concept_residual`, for the two that have concept
+    positions, what stands there is added to its token's hidden state instead of standing alone.
+    `distillation_weight` is that of KL(teacher || student) where soft targets are given. Raises `ValueError` for
+    values that contradict each other.
     """
 
     model_type = "cocomix"
@@ -35,6 +37,7 @@ class CoCoMixConfig(PreTrainedConfig):
         insert_layer: int = 3,
         concept_loss_weight: float = 0.1,
         mixing: str = "interleave",
+        concept_residual: bool = False,
         distillation_weight: float = 0.0,
         layer_norm_epsilon: float = 1e-5,
         initializer_range: float = 0.02,
@@ -48,7 +51,7 @@ class CoCoMixConfig(PreTrainedConfig):
         self.vocab_size, self.n_positions = vocab_size, n_positions
         self.concept_dim, self.concept_topk, self.insert_layer = concept_dim, concept_topk, insert_layer
         self.concept_loss_weight, self.mixing = concept_loss_weight, mixing
-        self.distillation_weight = distillation_weight
+        self.concept_residual, self.distillation_weight = concept_residual, distillation_weight
         self.layer_norm_epsilon, self.initializer_range = layer_norm_epsilon, initializer_range
         self.use_cache = use_cache
         self._check()
@@ -60,6 +63,8 @@ class CoCoMixConfig(PreTrainedConfig):
     def _check(self):
         if self.mixing not in MIXING:
             raise ValueError(f"mixing is {self.mixing!r}; it must be one of {', '.join(MIXING)}")
+        if self.concept_residual and self.mixing in ("add", "predict"):
+            raise ValueError(f"concept_residual needs concept positions, which mixing={self.mixing} does not have")
         for name in ("n_embd", "n_layer", "n_head", "vocab_size", "n_positions"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")

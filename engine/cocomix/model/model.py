@@ -1,7 +1,8 @@
 """The student: a GPT-2 that predicts concepts, compresses them and interleaves them with its hidden states.
 
 Shapes: B sequences, T tokens, d width (n_embd), C concepts (concept_dim), k kept concepts (concept_topk), K labels.
-Blocks 0..insert_layer-1 see T positions, the others 2T (mixing="interleave"): h_0, c_0, h_1, c_1, ...
+Blocks 0..insert_layer-1 see T positions, the others 2T (mixing="interleave"): h_0, c_0, h_1, c_1, ... (with
+concept_residual h_0 + c_0 in c_0's place).
 Parameter names are those of GPT-2 and of the paper's public code, so checkpoints of both load by name.
 """
 
@@ -86,10 +87,12 @@ class CompressLayer(nn.Module):
         self.weight = nn.Parameter(torch.empty(concept_dim, width))
         self.bias = nn.Parameter(torch.zeros(width))
 
-    def forward(self, hidden, values, indices, pre_bias, mean, std, mixing):
-        """hidden [B, T, d] -> [B, 2T, d] for "interleave", [B, T, d] for "add"."""
-        mix = concept_mix if mixing == "interleave" else concept_add
-        return mix(hidden, values, indices, self.weight, self.bias, pre_bias, mean, std)
+    def forward(self, hidden, values, indices, pre_bias, mean, std, config):
+        """hidden [B, T, d] -> [B, 2T, d] for mixing "interleave", [B, T, d] for "add"."""
+        arguments = (hidden, values, indices, self.weight, self.bias, pre_bias, mean, std)
+        if config.mixing == "add":
+            return concept_add(*arguments)
+        return concept_mix(*arguments, residual=config.concept_residual)
 
 
 class PauseTokens(nn.Module):
@@ -99,9 +102,11 @@ class PauseTokens(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
 
-    def forward(self, hidden):
-        """hidden [B, T, d] -> [B, 2T, d]."""
-        return torch.stack([hidden, self.weight.to(hidden.dtype).expand_as(hidden)], dim=2).flatten(1, 2)
+    def forward(self, hidden, residual):
+        """hidden [B, T, d] -> [B, 2T, d]; with `residual` the vector is added to the hidden state."""
+        vector = self.weight.to(hidden.dtype)
+        pauses = hidden + vector if residual else vector.expand_as(hidden)
+        return torch.stack([hidden, pauses], dim=2).flatten(1, 2)
 
 
 class LanguageModelHead(nn.Linear):
@@ -225,7 +230,7 @@ class CoCoMixModel(CoCoMixPreTrainedModel):
         """What block `insert_layer` gets for hidden [B, T, d], and what concepts were predicted."""
         config = self.config
         if config.mixing == "pause":
-            return self.pause_tokens(hidden), {}
+            return self.pause_tokens(hidden, config.concept_residual), {}
         wide = hidden.float() if hidden.dtype != torch.float64 else hidden
         std, mean = torch.std_mean(wide, dim=-1, keepdim=True)
         normalised = ((wide - mean) / (std + _NORM_EPS)).to(hidden.dtype) - self.pre_bias
@@ -235,7 +240,7 @@ class CoCoMixModel(CoCoMixPreTrainedModel):
         concepts = {"concept_loss": head.loss, "concept_values": values, "concept_indices": indices}
         if not mixes_concepts(config.mixing):
             return hidden, concepts
-        return self.compress_layer(hidden, values, indices, self.pre_bias, mean, std, config.mixing), concepts
+        return self.compress_layer(hidden, values, indices, self.pre_bias, mean, std, config), concepts
 
     def _check_length(self, length):
         if length > self.config.n_positions:

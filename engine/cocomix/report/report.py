@@ -15,7 +15,7 @@ from cocomix.core.tables import text_table
 from cocomix.report.figures import FIGURES, draw_figures
 from cocomix.report.page import Section, figure_section, folded, html_table, note, page, text_section
 from cocomix.report.runs import Run, fixed, is_number, load_run, significant, titles
-from cocomix.report.token_saving import saving
+from cocomix.report.token_saving import Saving, saving
 
 __all__ = ["comparison_table", "load_run", "write_report"]
 
@@ -69,14 +69,14 @@ def _saving_notes(runs: list[Run], names: list[str]) -> list[str]:
     if baseline is None:
         return []
     ntp, notes, has_bounds = names[runs.index(baseline)], [], False
-    for run, name in zip(runs, names, strict=True):
+    for run, name, time_ratio in zip(runs, names, _step_time_ratios(runs), strict=True):
         found = None if run.is_baseline else saving(run, baseline)
         if found is not None:
             has_bounds = True
-            what = f"{found.share:.1%} fewer" if found.share >= 0 else f"{-found.share:.1%} more"
             notes.append(
-                f"{name} reaches a validation loss of {found.loss:.3f} with {what} tokens than {ntp} (a "
+                f"{name} reaches a validation loss of {found.loss:.3f} with {_fewer(found.share)} tokens than {ntp} (a "
                 f"saving between {found.low:.1%} and {found.high:.1%} by the evaluations around it)."
+                f"{_at_its_cost(found, run, baseline, time_ratio)}"
             )
             continue
         lowest, first = min(e["loss"] for e in run.evaluations), baseline.evaluations[0]["loss"]
@@ -85,6 +85,27 @@ def _saving_notes(runs: list[Run], names: list[str]) -> list[str]:
                 f"{name} comes to a validation loss of {lowest:.3f}, which {ntp} was past at its first evaluation."
             )
     return [*notes, "What other seeds would give is not in these bounds."] if has_bounds else notes
+
+
+def _fewer(share: float) -> str:
+    """A saving in words."""
+    return f"{share:.1%} fewer" if share >= 0 else f"{-share:.1%} more"
+
+
+def _at_its_cost(found: Saving, run: Run, baseline: Run, time_ratio: float | None) -> str:
+    """What the saving in tokens is in arithmetic and in time, where that is known, and from which one on it pays."""
+    costs, arithmetic = [], None
+    if run.flops_per_token and baseline.flops_per_token:
+        arithmetic = run.flops_per_token / baseline.flops_per_token
+        costs.append(f"{_fewer(found.at_cost(arithmetic)).replace('fewer', 'less')} arithmetic")
+    if time_ratio is not None:
+        costs.append(f"{_fewer(found.at_cost(time_ratio)).replace('fewer', 'less')} time at the speeds measured here")
+    if not costs:
+        return ""
+    text = f" That is {' and '.join(costs)}"
+    if arithmetic is not None and arithmetic > 1:
+        text += f"; in arithmetic it pays from a saving of {1 - 1 / arithmetic:.1%} of the tokens on"
+    return f"{text}."
 
 
 def _check_comparable(runs: list[Run]) -> None:

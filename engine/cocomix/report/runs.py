@@ -47,7 +47,9 @@ class Run:
             soft_targets_name(config.get("distillation", {}).get("top_k")),
         )
         sources = [f"{kind} {name}" for kind, name in zip((of_labels, soft), names, strict=True) if kind]
-        return method_title(method, distils=bool(soft)) + (f" ({', '.join(sources)})" if sources else "")
+        residual = config.get("model", {}).get("concept_residual", False)
+        title = method_title(method, distils=bool(soft), residual=residual)
+        return f"{title} ({', '.join(sources)})" if sources else title
 
     @property
     def is_baseline(self) -> bool:

@@ -22,6 +22,11 @@ class Saving:
     low: float
     high: float
 
+    def at_cost(self, ratio: float) -> float:
+        """The share that is saved of something of which the run needs `ratio` times as much a token as the NTP run:
+        arithmetic, or time. Its bounds follow from `low` and `high` in the same way."""
+        return 1 - (1 - self.share) * ratio
+
 
 def saving(run: Run, baseline: Run) -> Saving | None:
     """The saving at the better loss that both runs reached; None where one has fewer than two (finite) evaluations, or

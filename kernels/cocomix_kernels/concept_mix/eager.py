@@ -56,15 +56,39 @@ def concept_vectors(
 
     Shapes as in `concept_mix`; returns [B, T, d] in the accumulation dtype.
     """
+    return _scaled_rows(values, indices, weight, bias, pre_bias, std) + mean
+
+
+def _scaled_rows(
+    values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor, pre_bias: Tensor, std: Tensor
+) -> Tensor:
+    """c - mean, [B, T, d]."""
     batch, length, _ = values.shape
     kept = values.flatten(0, 1).to(accumulation_dtype(weight.dtype))
     rows = _weighted_rows(kept, indices.flatten(0, 1).long(), weight).view(batch, length, weight.shape[1])
-    return (rows + (bias + pre_bias)) * std + mean
+    return (rows + (bias + pre_bias)) * std
 
 
 def torch_mix(hidden: Tensor, *of_concepts: Tensor) -> Tensor:
     """hidden [B, T, d] and what `concept_vectors` takes -> [B, 2T, d], interleaved."""
-    concepts = concept_vectors(*of_concepts)
+    return _interleaved(hidden, concept_vectors(*of_concepts))
+
+
+def torch_mix_residual(
+    hidden: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    pre_bias: Tensor,
+    _mean: Tensor,
+    std: Tensor,
+) -> Tensor:
+    """As `torch_mix`, with hidden + c - mean at the concept positions."""
+    return _interleaved(hidden, hidden + _scaled_rows(values, indices, weight, bias, pre_bias, std))
+
+
+def _interleaved(hidden: Tensor, concepts: Tensor) -> Tensor:
     return torch.stack([hidden, concepts.to(hidden.dtype)], dim=2).flatten(1, 2)
 
 

@@ -22,7 +22,7 @@ from cocomix_kernels.common.checks import (
     check_shapes,
 )
 from cocomix_kernels.common.dispatch import choose_backend
-from cocomix_kernels.concept_mix.eager import torch_add, torch_mix
+from cocomix_kernels.concept_mix.eager import torch_add, torch_mix, torch_mix_residual
 
 
 @torch.library.custom_op("cocomix::concept_mix", mutates_args=())
@@ -36,11 +36,12 @@ def _mix(
     mean: Tensor,  # [B, T, 1]
     std: Tensor,  # [B, T, 1]
     interleaved: bool,
+    residual: bool,
 ) -> Tensor:
     from cocomix_kernels.concept_mix.triton_kernel import mix
 
-    mixed = _mixed(hidden, values, indices, weight, bias, pre_bias, mean, std, interleaved)
-    mix(hidden, values, indices, weight, bias, pre_bias, mean, std, mixed, interleaved)
+    mixed = _mixed(hidden, values, indices, weight, bias, pre_bias, mean, std, interleaved, residual)
+    mix(hidden, values, indices, weight, bias, pre_bias, mean, std, mixed, interleaved, residual)
     return mixed
 
 
@@ -55,6 +56,7 @@ def _mixed(
     mean: Tensor,
     std: Tensor,
     interleaved: bool,
+    residual: bool,
 ) -> Tensor:
     batch, length, width = hidden.shape
     return hidden.new_empty(batch, (2 if interleaved else 1) * length, width)
@@ -100,33 +102,42 @@ def _gradients(
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    _, values, indices, weight, bias, pre_bias, mean, std, interleaved = inputs
+    _, values, indices, weight, bias, pre_bias, mean, std, interleaved, residual = inputs
     ctx.save_for_backward(values, indices, weight, bias, pre_bias, std)
-    ctx.interleaved, ctx.statistics_dtypes = interleaved, (mean.dtype, std.dtype)
+    ctx.interleaved, ctx.residual, ctx.statistics_dtypes = interleaved, residual, (mean.dtype, std.dtype)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    _, values, _, weight, bias, pre_bias, mean, std, _ = ctx.needs_input_grad
-    wanted = [values, weight, bias or pre_bias, mean, std]
-    dhidden = grad[:, ::2] if ctx.interleaved else grad
+    _, values, _, weight, bias, pre_bias, mean, std, _, _ = ctx.needs_input_grad
+    wanted = [values, weight, bias or pre_bias, mean and not ctx.residual, std]
     dvalues, dweight, dbias, dmean, dstd = _mix_backward(grad, *ctx.saved_tensors, wanted)
     dmean, dstd = (g.to(dtype) for g, dtype in zip((dmean, dstd), ctx.statistics_dtypes, strict=True))
-    gradients = (dhidden, dvalues, None, dweight, dbias, dbias, dmean, dstd, None)
-    return tuple(g if w else None for g, w in zip(gradients, ctx.needs_input_grad, strict=True))
+    gradients = (_hidden_gradient(ctx, grad), dvalues, None, dweight, dbias, dbias, dmean, dstd, None, None)
+    reached = (*ctx.needs_input_grad[:6], wanted[3], *ctx.needs_input_grad[7:])  # the residual form has no mean
+    return tuple(g if w else None for g, w in zip(gradients, reached, strict=True))
+
+
+def _hidden_gradient(ctx: Any, grad: Tensor) -> Tensor:
+    if not ctx.interleaved:
+        return grad
+    return grad[:, ::2] + grad[:, 1::2] if ctx.residual else grad[:, ::2]
 
 
 _mix.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _triton_backend(hidden: Tensor, values: Tensor, indices: Tensor, *rest: Tensor, interleaved: bool) -> Tensor:
+def _triton_backend(
+    hidden: Tensor, values: Tensor, indices: Tensor, *rest: Tensor, interleaved: bool, residual: bool
+) -> Tensor:
     wide = indices if indices.dtype in (torch.int64, torch.int32) else indices.long()
-    return _mix(hidden, values, wide, *rest, interleaved)
+    return _mix(hidden, values, wide, *rest, interleaved, residual)
 
 
 def _run(
     operation: str,
     torch_backend: Callable[..., Tensor],
     interleaved: bool,
+    residual: bool,
     backend: str | None,
     hidden: Tensor,
     values: Tensor,
@@ -155,7 +166,7 @@ def _run(
     check_range(operation, "indices", indices, 0, sizes["C"])
     implementations = {"torch": torch_backend}
     if torch.float64 not in (hidden.dtype, values.dtype, mean.dtype, std.dtype):
-        implementations["triton"] = partial(_triton_backend, interleaved=interleaved)
+        implementations["triton"] = partial(_triton_backend, interleaved=interleaved, residual=residual)
     run = choose_backend(operation, implementations, backend, hidden.device)
     return run(hidden, values, indices, weight, bias, pre_bias, mean, std)
 
@@ -170,20 +181,24 @@ def concept_mix(
     mean: Tensor,
     std: Tensor,
     *,
+    residual: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Compress the kept concepts into one vector a token and interleave it: h_0, c_0, h_1, c_1, ...
 
     hidden [B, T, d]; values, indices [B, T, k]; weight [C, d] with one row a concept; bias, pre_bias [d];
     mean, std [B, T, 1]. Returns [B, 2T, d] in hidden's dtype: even rows are hidden, odd rows
-    c = (sum_j v_j W[i_j] + bias + pre_bias) * std + mean. hidden, weight and the biases share a dtype; values, mean
-    and std may have a higher one. Sums are in float32 (float64, which has no triton backend, for float64). Gradients
-    reach every floating-point input and are deterministic in the triton backend.
+    c = (sum_j v_j W[i_j] + bias + pre_bias) * std + mean. With `residual` odd rows are hidden + c - mean instead, so
+    that they begin with what their tokens have; the mean cancels and gets no gradient. hidden, weight and the biases
+    share a dtype; values, mean and std may have a higher one. Sums are in float32 (float64, which has no triton
+    backend, for float64). Gradients reach every other floating-point input and are deterministic in the triton backend.
 
-    Source: CoCoMix (arXiv 2502.08524), section 3: mixing and interleaving. Raises `ValueError` for shapes, dtypes,
-    devices or indices that do not fit.
+    Source: CoCoMix (arXiv 2502.08524), section 3: mixing and interleaving; the residual form is this project's. Raises
+    `ValueError` for shapes, dtypes, devices or indices that do not fit.
     """
-    return _run("concept_mix", torch_mix, True, backend, hidden, values, indices, weight, bias, pre_bias, mean, std)
+    of_concepts = (values, indices, weight, bias, pre_bias, mean, std)
+    run = torch_mix_residual if residual else torch_mix
+    return _run("concept_mix", run, True, residual, backend, hidden, *of_concepts)
 
 
 def concept_add(
@@ -204,4 +219,5 @@ def concept_add(
 
     Source: CoCoMix (arXiv 2502.08524), the comparison with adding the concept ("intervention").
     """
-    return _run("concept_add", torch_add, False, backend, hidden, values, indices, weight, bias, pre_bias, mean, std)
+    of_concepts = (values, indices, weight, bias, pre_bias, mean, std)
+    return _run("concept_add", torch_add, False, False, backend, hidden, *of_concepts)

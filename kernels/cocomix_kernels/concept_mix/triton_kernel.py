@@ -50,13 +50,15 @@ def _mix(
     K: tl.constexpr,
     STEP: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     state = load_row(hidden + token * hidden_stride + columns, columns, D, BLOCK)
     concept = gathered_sum(values + token * K, indices + token * K, weight, columns, D, BLOCK, K, STEP)
     concept += load_row(bias + columns, columns, D, BLOCK) + load_row(pre_bias + columns, columns, D, BLOCK)
-    concept = concept * tl.load(std + token).to(tl.float32) + tl.load(mean + token).to(tl.float32)
+    concept *= tl.load(std + token).to(tl.float32)
+    concept += state if RESIDUAL else tl.load(mean + token).to(tl.float32)
     if INTERLEAVED:
         store_row(mixed + 2 * token * D + columns, state, columns, D, BLOCK)
         store_row(mixed + (2 * token + 1) * D + columns, concept, columns, D, BLOCK)
@@ -122,8 +124,10 @@ def mix(
     std: torch.Tensor,  # [B, T, 1]
     mixed: torch.Tensor,  # [B, 2T, d] if interleaved, else [B, T, d]
     interleaved: bool,
+    residual: bool,
 ) -> None:
-    """Write hidden and c = (sum_j v_j W[i_j] + bias + pre_bias) * std + mean interleaved, or their sum."""
+    """Write hidden and c = (sum_j v_j W[i_j] + bias + pre_bias) * std + mean interleaved, or their sum; with `residual`
+    hidden and hidden + c - mean interleaved."""
     k, d = values.shape[2], hidden.shape[2]
     rows = with_contiguous_rows(hidden.flatten(0, 1))
     block = slice_width(d, weight.itemsize)
@@ -145,6 +149,7 @@ def mix(
         K=k,
         STEP=UNROLL,
         INTERLEAVED=interleaved,
+        RESIDUAL=residual,
         num_warps=1,
         num_stages=1,
     )

@@ -331,6 +331,10 @@ def test_numbers_that_are_none_are_refused(write, value):
         (["data.vocab_size=65537"], "data.vocab_size must be at most 65536: token files hold uint16"),
         (["model.mixing=both"], "model.mixing is 'both'; it must be one of interleave, add, predict, pause, none"),
         (["model.n_embd=510"], "model.n_embd (510) must be a multiple of model.n_head (8)"),
+        (
+            ["model.mixing=add", "model.concept_residual=true"],
+            "model.concept_residual needs concept positions, which model.mixing=add does not have",
+        ),
         (["model.insert_layer=8"], "model.insert_layer (8) must be at least 0 and below model.n_layer (8)"),
         (["model.insert_layer=-1"], "model.insert_layer (-1) must be at least 0 and below model.n_layer (8)"),
         (["model.concept_dim=31"], "model.concept_topk (32) must be at most model.concept_dim (31)"),

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from model_helpers import SMALL, autoencoder, batch, greedy, left_padded, small_model
+from model_helpers import SMALL, autoencoder, batch, greedy, left_padded, method_settings, small_model
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -94,9 +94,11 @@ def changed_by_hand(model):
     return model
 
 
-@pytest.mark.parametrize("mixing, insert_layer", [("interleave", 0), ("interleave", 2), ("add", 1)])
+@pytest.mark.parametrize(
+    "mixing, insert_layer", [("interleave", 0), ("interleave", 2), ("add", 1), ("interleave residual", 1)]
+)
 def test_a_steered_model_is_one_whose_predictor_was_changed(mixing, insert_layer):
-    model = small_model(torch.float64, mixing=mixing, insert_layer=insert_layer)
+    model = small_model(torch.float64, **method_settings(mixing), insert_layer=insert_layer)
     expected = changed_by_hand(model)
     ids, labels = batch(model.config)
     plain = model(ids, labels=ids, concept_labels=labels, return_logits=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from kernel_helpers import trace
-from model_helpers import SMALL, batch, golden_model, gradients, greedy, left_padded, small_model
+from model_helpers import SMALL, batch, golden_model, gradients, greedy, left_padded, method_settings, small_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, pipeline
 
@@ -14,11 +14,13 @@ EVERY_KIND = [
     ("interleave", 0),
     ("interleave", 1),
     ("interleave", 2),
+    ("interleave residual", 1),
     ("add", 0),
     ("add", 2),
     ("predict", 1),
     ("pause", 0),
     ("pause", 2),
+    ("pause residual", 1),
     ("none", 0),
 ]
 every_kind = pytest.mark.parametrize("mixing, insert_layer", EVERY_KIND)
@@ -36,7 +38,7 @@ def test_greedy_tokens_are_those_of_the_papers_implementation(use_cache):
 @every_kind
 @pytest.mark.parametrize("parts", [[1] * 9, [5, 1, 1, 2], [3, 6]])
 def test_logits_with_a_cache_are_those_of_the_whole_sequence(mixing, insert_layer, parts):
-    model = small_model(mixing=mixing, insert_layer=insert_layer)
+    model = small_model(**method_settings(mixing), insert_layer=insert_layer)
     ids, _ = batch(model.config, length=9)
     whole, cache, pieces = model(ids).logits, None, []
     for part in ids.split(parts, dim=1):
@@ -48,7 +50,7 @@ def test_logits_with_a_cache_are_those_of_the_whole_sequence(mixing, insert_laye
 
 @every_kind
 def test_generate_gives_the_same_tokens_with_and_without_a_cache(mixing, insert_layer):
-    model = small_model(mixing=mixing, insert_layer=insert_layer)
+    model = small_model(**method_settings(mixing), insert_layer=insert_layer)
     ids, _ = batch(model.config, length=4)
     tokens = greedy(model, ids, 8, use_cache=True)
     assert tokens.shape == (2, 12)
@@ -61,7 +63,7 @@ def test_generate_gives_the_same_tokens_with_and_without_a_cache(mixing, insert_
 
 @every_kind
 def test_generate_feeds_the_cache_one_token_at_a_time(mixing, insert_layer):
-    model = small_model(mixing=mixing, insert_layer=insert_layer)
+    model = small_model(**method_settings(mixing), insert_layer=insert_layer)
     lengths = []
     model.transformer.wte.register_forward_pre_hook(lambda _module, args: lengths.append(args[0].shape[1]))
     greedy(model, batch(model.config, length=5)[0], 4)
@@ -70,7 +72,7 @@ def test_generate_feeds_the_cache_one_token_at_a_time(mixing, insert_layer):
 
 @pytest.mark.parametrize("mixing, insert_layer", [("interleave", 0), ("interleave", 1), ("none", 0)])
 def test_beams_are_the_same_with_and_without_a_cache(mixing, insert_layer):
-    model = small_model(mixing=mixing, insert_layer=insert_layer)
+    model = small_model(**method_settings(mixing), insert_layer=insert_layer)
     ids, _ = batch(model.config, length=4)
     assert torch.equal(*(greedy(model, ids, 5, num_beams=3, use_cache=use_cache) for use_cache in (True, False)))
 
@@ -78,7 +80,7 @@ def test_beams_are_the_same_with_and_without_a_cache(mixing, insert_layer):
 @every_kind
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_left_padded_prompts_go_on_as_they_would_alone(mixing, insert_layer, use_cache):
-    model = small_model(mixing=mixing, insert_layer=insert_layer)
+    model = small_model(**method_settings(mixing), insert_layer=insert_layer)
     full, _ = batch(model.config, n_rows=3, length=5)
     prompts = [full[0, :2], full[1], full[2, :4]]
     ids, mask = left_padded(prompts, 5)
@@ -90,7 +92,7 @@ def test_left_padded_prompts_go_on_as_they_would_alone(mixing, insert_layer, use
 @every_kind
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_no_logits_of_the_tokens(mixing, insert_layer, side):
-    model = small_model(mixing=mixing, insert_layer=insert_layer)
+    model = small_model(**method_settings(mixing), insert_layer=insert_layer)
     ids, _ = batch(model.config, n_rows=1, length=5)
     padding = torch.tensor([[7, 9]])
     ones, zeros = torch.ones_like(ids), torch.zeros_like(padding)
@@ -112,7 +114,7 @@ def test_padding_gives_finite_gradients():
 
 @every_kind
 def test_a_sequence_beyond_the_context_is_refused_with_the_numbers(mixing, insert_layer):
-    model = small_model(mixing=mixing, insert_layer=insert_layer)
+    model = small_model(**method_settings(mixing), insert_layer=insert_layer)
     limit = SMALL["n_positions"]
     ids = torch.zeros(1, limit + 1, dtype=torch.long)
     message = rf"{limit + 1} tokens .* n_positions={limit}"
@@ -161,7 +163,7 @@ def test_training_returns_no_cache_and_inference_does():
 
 @every_kind
 def test_every_row_of_a_padded_batch_has_the_logits_that_it_has_alone_at_every_cached_step(mixing, insert_layer):
-    model = small_model(mixing=mixing, insert_layer=insert_layer)
+    model = small_model(**method_settings(mixing), insert_layer=insert_layer)
     full, _ = batch(model.config, n_rows=3, length=11)
     lengths, cut = (2, 5, 4), 5
     prompts = [full[row, :length] for row, length in enumerate(lengths)]
@@ -181,7 +183,7 @@ def test_every_row_of_a_padded_batch_has_the_logits_that_it_has_alone_at_every_c
 @pytest.mark.parametrize("mixing, insert_layer", [("interleave", 0), ("interleave", 2), ("add", 1)])
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_beams_of_padded_prompts_are_those_of_each_prompt_alone(mixing, insert_layer, use_cache):
-    model = small_model(mixing=mixing, insert_layer=insert_layer)
+    model = small_model(**method_settings(mixing), insert_layer=insert_layer)
     full, _ = batch(model.config, n_rows=2, length=5)
     prompts = [full[0, :3], full[1]]
     ids, mask = left_padded(prompts, 5)
@@ -213,7 +215,7 @@ def test_samples_are_the_same_with_and_without_a_cache_and_follow_the_models_pro
 
 @pytest.mark.parametrize("mixing, insert_layer", [("interleave", 0), ("interleave", 1), ("add", 1)])
 def test_tokens_that_a_draft_got_wrong_leave_the_cache(mixing, insert_layer):
-    model = small_model(mixing=mixing, insert_layer=insert_layer, n_positions=40)
+    model = small_model(**method_settings(mixing), insert_layer=insert_layer, n_positions=40)
     ids = torch.tensor([[3, 4, 5, 3, 4, 6, 3, 4]])
     assert torch.equal(greedy(model, ids, 16, prompt_lookup_num_tokens=3), greedy(model, ids, 16))
     cache = model(ids, use_cache=True).cache
@@ -235,7 +237,7 @@ def test_a_cache_of_the_users_is_filled_and_one_of_fixed_size_refused():
 
 @pytest.mark.parametrize("mixing, insert_layer", [("interleave", 0), ("interleave", 2), ("add", 1)])
 def test_a_new_token_costs_the_same_whatever_went_before_but_for_attention(mixing, insert_layer):
-    model = small_model(mixing=mixing, insert_layer=insert_layer, n_positions=64)
+    model = small_model(**method_settings(mixing), insert_layer=insert_layer, n_positions=64)
     ids, _ = batch(model.config, n_rows=1, length=50)
 
     def products(n_past):

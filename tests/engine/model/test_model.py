@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 import torch
 from kernel_helpers import set_chunk_bytes, trace
@@ -11,7 +13,12 @@ from cocomix.core.methods import MIXING, predicts_concepts
 from cocomix.core.shapes import StudentShape
 from cocomix_kernels import interleaved_attention
 
-MIXED = [(mixing, layer) for mixing in MIXING if mixing != "none" for layer in range(SMALL["n_layer"])]
+METHODS = [  # as settings of a model
+    *({"mixing": mixing} for mixing in MIXING),
+    *({"mixing": mixing, "concept_residual": True} for mixing in ("interleave", "pause")),
+]
+MIXED = [(method, layer) for method in METHODS if method["mixing"] != "none" for layer in range(SMALL["n_layer"])]
+every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: "-".join(map(str, method.values())))
 
 
 def within(actual, expected, tolerance=1e-4):
@@ -69,9 +76,9 @@ def test_fifteen_training_steps_follow_the_papers_implementation():
 # --- the method, written naively
 
 
-@pytest.mark.parametrize("mixing, insert_layer", [*MIXED, ("none", 0)])
-def test_losses_logits_and_gradients_equal_the_naive_model(mixing, insert_layer):
-    model = small_model(torch.float64, mixing=mixing, insert_layer=insert_layer)
+@pytest.mark.parametrize("method, insert_layer", [*MIXED, ({"mixing": "none"}, 0)])
+def test_losses_logits_and_gradients_equal_the_naive_model(method, insert_layer):
+    model = small_model(torch.float64, **method, insert_layer=insert_layer)
     ids, labels = batch(model.config)
     out = model(ids, labels=ids, concept_labels=labels, return_logits=True)
     out.loss.backward()
@@ -82,7 +89,7 @@ def test_losses_logits_and_gradients_equal_the_naive_model(mixing, insert_layer)
     assert_close(out.logits, logits)
     assert_close(out.ntp_loss, ntp_loss)
     assert_close(out.loss, loss)
-    assert (out.concept_loss is None) == (not predicts_concepts(mixing))
+    assert (out.concept_loss is None) == (not predicts_concepts(method["mixing"]))
     if concept_loss is not None:
         assert_close(out.concept_loss, concept_loss)
     for name, gradient in gradients(model).items():
@@ -113,23 +120,23 @@ def test_labels_that_are_all_missing_add_nothing():
     assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("mixing", MIXING)
-def test_a_window_of_one_token_predicts_nothing_and_still_trains(mixing):
-    model = small_model(mixing=mixing)
+@every_method
+def test_a_window_of_one_token_predicts_nothing_and_still_trains(method):
+    model = small_model(**method)
     ids, labels = batch(model.config, length=1)
     labels[0, 0, 0] = 5
     out, found = losses_and_gradients(model, ids, labels)
     assert out.ntp_loss == 0
     assert model(ids).logits.shape == (2, 1, SMALL["vocab_size"])
-    if predicts_concepts(mixing):
+    if predicts_concepts(method["mixing"]):
         assert out.concept_loss > 0
         assert_close(out.loss, 0.1 * out.concept_loss)
     assert all(torch.isfinite(gradient).all() for gradient in found.values())
 
 
-@pytest.mark.parametrize("mixing, insert_layer", [*MIXED, ("none", 0)])
-def test_rows_of_a_batch_do_not_see_each_other(mixing, insert_layer):
-    model = small_model(torch.float64, mixing=mixing, insert_layer=insert_layer)
+@pytest.mark.parametrize("method, insert_layer", [*MIXED, ({"mixing": "none"}, 0)])
+def test_rows_of_a_batch_do_not_see_each_other(method, insert_layer):
+    model = small_model(torch.float64, **method, insert_layer=insert_layer)
     ids, _ = batch(model.config, n_rows=3)
     other = ids.clone()
     other[1] = (other[1] + 1) % SMALL["vocab_size"]
@@ -138,9 +145,9 @@ def test_rows_of_a_batch_do_not_see_each_other(mixing, insert_layer):
     assert not torch.allclose(after[1], before[1])
 
 
-@pytest.mark.parametrize("mixing, insert_layer", [*MIXED, ("none", 0)])
-def test_a_token_changes_no_logits_before_it(mixing, insert_layer):
-    model = small_model(torch.float64, mixing=mixing, insert_layer=insert_layer)
+@pytest.mark.parametrize("method, insert_layer", [*MIXED, ({"mixing": "none"}, 0)])
+def test_a_token_changes_no_logits_before_it(method, insert_layer):
+    model = small_model(torch.float64, **method, insert_layer=insert_layer)
     ids, _ = batch(model.config)
     before = model(ids).logits
     for t in range(ids.shape[1]):
@@ -224,9 +231,9 @@ def test_training_holds_neither_vocabulary_nor_concept_logits(monkeypatch):
 # --- precision and compilation
 
 
-@pytest.mark.parametrize("mixing", MIXING)
-def test_bfloat16_is_close_to_float32(mixing):
-    model = CoCoMixForCausalLM(CoCoMixConfig(**SMALL, mixing=mixing))
+@every_method
+def test_bfloat16_is_close_to_float32(method):
+    model = CoCoMixForCausalLM(CoCoMixConfig(**SMALL, **method))
     ids, labels = batch(model.config)
     exact, expected = losses_and_gradients(model, ids, labels)
     out, actual = losses_and_gradients(model.to(torch.bfloat16), ids, labels)
@@ -239,9 +246,9 @@ def test_bfloat16_is_close_to_float32(mixing):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("mixing", MIXING)
-def test_a_compiled_model_is_one_graph_and_computes_the_same(mixing, backend, checkpointing, monkeypatch):
-    model = small_model(mixing=mixing)
+@every_method
+def test_a_compiled_model_is_one_graph_and_computes_the_same(method, backend, checkpointing, monkeypatch):
+    model = small_model(**method)
     ids, labels = batch(model.config)
     eager, expected = losses_and_gradients(model, ids, labels)
     torch.compiler.reset()
@@ -255,9 +262,9 @@ def test_a_compiled_model_is_one_graph_and_computes_the_same(mixing, backend, ch
     assert_close(gradients(model), expected)
 
 
-@pytest.mark.parametrize("mixing", MIXING)
-def test_checkpointed_blocks_are_computed_twice_and_give_the_same_gradients(mixing):
-    model = small_model(mixing=mixing).train()
+@every_method
+def test_checkpointed_blocks_are_computed_twice_and_give_the_same_gradients(method):
+    model = small_model(**method).train()
     ids, labels = batch(model.config)
     calls = []
     for block in model.transformer.h:
@@ -322,9 +329,23 @@ def test_concepts_that_are_predicted_alone_change_no_logits():
     assert out.concept_indices.shape == (*ids.shape, SMALL["concept_topk"])
 
 
-@pytest.mark.parametrize("mixing", MIXING)
-def test_a_saved_model_comes_back_through_transformers_with_identical_logits(tmp_path, mixing):
-    model = small_model(mixing=mixing)
+@pytest.mark.parametrize("mixing", ["interleave", "pause"])
+def test_a_residual_without_a_concept_and_with_one_doubled_block_is_next_token_prediction(mixing):
+    """Keys and values then come in equal pairs, and a softmax over pairs weighs them as it weighs single ones."""
+    model = small_model(torch.float64, mixing=mixing, concept_residual=True, insert_layer=SMALL["n_layer"] - 1)
+    plain = small_model(torch.float64, mixing="none")
+    plain.load_state_dict(model.state_dict(), strict=False)
+    for name in ("compress_layer.weight", "compress_layer.bias", "pre_bias", "pause_tokens.weight"):
+        with contextlib.suppress(AttributeError), torch.no_grad():
+            model.transformer.get_parameter(name).zero_()
+    ids, _ = batch(model.config)
+    assert_close(model(ids).logits, plain(ids).logits, rtol=1e-10, atol=1e-10)
+    assert_close(model(ids, labels=ids).ntp_loss, plain(ids, labels=ids).ntp_loss, rtol=1e-6, atol=1e-6)
+
+
+@every_method
+def test_a_saved_model_comes_back_through_transformers_with_identical_logits(tmp_path, method):
+    model = small_model(**method)
     ids, _ = batch(model.config)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -368,6 +389,10 @@ def test_a_saved_config_keeps_every_setting(tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
+        (
+            {"mixing": "add", "concept_residual": True},
+            "concept_residual needs concept positions, which mixing=add",
+        ),
         ({"mixing": "both"}, "mixing is 'both'; it must be one of interleave, add, predict, pause, none"),
         ({"n_embd": 30, "n_head": 4}, r"n_embd \(30\) must be a multiple of n_head \(4\)"),
         ({"insert_layer": 3}, r"insert_layer \(3\) must be >= 0 and below n_layer \(3\)"),

@@ -604,6 +604,27 @@ def test_the_saving_in_tokens_is_said_with_its_bounds(pair):
     assert share == pytest.approx(100 * exact, abs=2)
 
 
+def test_what_pays_in_tokens_may_not_in_arithmetic_or_time(pair):
+    """The mixed run needs twice the arithmetic and, by its `step_time`, so many times the time of the other."""
+    [note] = [line for line in comparison_table(pair).splitlines() if "reaches a validation loss" in line]
+    share = float(note.split(" with ")[1].split("%")[0])
+    [found] = re.findall(r"That is ([\d.]+)% more arithmetic and ", note)
+    assert float(found) == pytest.approx(2 * (100 - share) - 100, abs=0.2)
+    assert note.endswith(
+        "time at the speeds measured here; in arithmetic it pays from a saving of 50.0% of the tokens on."
+    )
+
+
+def test_a_run_that_does_not_tell_its_arithmetic_is_judged_by_time_alone(tmp_path):
+    folders = [write_run(tmp_path / "ntp"), write_run(tmp_path / "other", "interleave", offset=-0.3, step_time=0.25)]
+    for folder in folders:
+        info = json.loads((folder / "run.json").read_text())
+        del info["flops_per_token"]
+        (folder / "run.json").write_text(json.dumps(info))
+    [note] = [line for line in comparison_table([*map(load_run, folders)]).splitlines() if "reaches a" in line]
+    assert "arithmetic" not in note and note.endswith("less time at the speeds measured here.")
+
+
 def test_no_saving_is_said_without_a_baseline_or_for_the_baseline_itself(pair):
     assert "reaches a validation loss" not in comparison_table(pair[:1]) + comparison_table(pair[1:])
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cocomix.report.token_saving import saving
+from cocomix.report.token_saving import Saving, saving
 
 
 def run(*points):
@@ -45,6 +45,12 @@ def test_equal_runs_save_nothing_and_short_ones_say_nothing():
     assert saving(run(*same), run(*same)).share == 0
     assert saving(run((10, 5.0)), run(*same)) is None
     assert saving(run((5, math.nan), (10, 5.0), (20, math.nan)), run(*same)) is None
+
+
+def test_a_saving_in_tokens_is_one_in_cost_where_tokens_cost_the_same():
+    found = Saving(loss=4.0, tokens=80, baseline_tokens=100, share=0.2, low=0.1, high=0.3)
+    assert found.at_cost(1.0) == pytest.approx(0.2) and found.at_cost(1.25) == pytest.approx(0.0)
+    assert found.at_cost(1.5) == pytest.approx(-0.2)
 
 
 @given(st.lists(st.floats(1, 9), min_size=2, max_size=6), st.lists(st.floats(1, 9), min_size=2, max_size=6))

@@ -83,6 +83,8 @@ def naive_kl(teacher_logits, logits, top):
 
 METHODS = {
     "pause": ("model.mixing=pause",),
+    "residual": ("model.concept_residual=true", labels),
+    "paused residual": ("model.mixing=pause", "model.concept_residual=true"),
     "predict": ("model.mixing=predict", labels),
     "distilled online": (*DISTILLED,),
     "distilled cached": (*DISTILLED, soft),
@@ -96,6 +98,7 @@ METHODS = {
     [
         *((method, 1) for method in METHODS),
         ("pause", 3),
+        ("residual", 3),
         ("predict", 3),
         ("distilled whole", 0),
         ("distilled whole", 2),
@@ -137,7 +140,7 @@ def test_every_method_trains_alike_on_two_processes(world):
     }
     runs = {
         f"{name}-on-two-{zero}": [*methods[name], *stage(zero), "train.micro_batch=2"]
-        for name in ("pause", "predict", "distilled whole", "distilled CoCoMix")
+        for name in ("pause", "residual", "predict", "distilled whole", "distilled CoCoMix")
         for zero in (1, 3)
     }
     world.train_on(2, runs)
@@ -150,7 +153,7 @@ def test_every_method_trains_alike_on_two_processes(world):
             np.testing.assert_allclose(world.losses(run, key), world.losses(alone, key), rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["pause", "predict", "distilled cached", "distilled whole"])
+@pytest.mark.parametrize("method", ["pause", "residual", "predict", "distilled cached", "distilled whole"])
 def test_bf16_stays_near_fp32(world, method):
     overrides = [item if isinstance(item, str) else item(world) for item in METHODS[method]]
     assert world.train(f"{method}-fp32", *overrides) == 0
@@ -248,6 +251,8 @@ def test_the_report_names_methods_and_compares_them_with_plain_prediction(world)
     runs = {
         "ntp": ["model.mixing=none"],
         "paused": ["model.mixing=pause"],
+        "residual": ["model.concept_residual=true", labels(world)],
+        "paused residual": ["model.mixing=pause", "model.concept_residual=true"],
         "predicted": ["model.mixing=predict", labels(world)],
         "distilled": [*DISTILLED, soft(world)],
     }
@@ -257,6 +262,8 @@ def test_the_report_names_methods_and_compares_them_with_plain_prediction(world)
     for title in (
         "NTP",
         "pause tokens",
+        "CoCoMix with residual (cached labels)",
+        "pause tokens with residual",
         "concept prediction (cached labels)",
         f"NTP with distillation (cached top-{TOP} soft targets)",
     ):
@@ -309,4 +316,7 @@ def test_methods_differ_as_their_descriptions_say():
     assert [m for m in MIXING if doubles_sequence(m)] == ["interleave", "pause"]
     assert [m for m in MIXING if predicts_concepts(m)] == ["interleave", "add", "predict"]
     assert [m for m in MIXING if mixes_concepts(m)] == ["interleave", "add"]
-    assert len({method_title(m, d) for m in MIXING for d in (False, True)}) == 2 * len(MIXING)
+    titles = [method_title(m, d, r) for m in MIXING for d in (False, True) for r in {False, doubles_sequence(m)}]
+    assert len(set(titles)) == len(titles) == 14
+    assert method_title("none", residual=True) == "NTP"
+    assert method_title("interleave", True, True) == "CoCoMix with residual and distillation"

@@ -1,5 +1,7 @@
 """`concept_mix`, `concept_add` and `concept_vectors` against the reference: outputs, every gradient, precision."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,16 +34,19 @@ def arguments(batch=2, length=5, d=6, width=30, k=4, dtype=torch.float64, wide=N
     st.sampled_from((1, 2, 7)),
     st.integers(1, 6),
     st.sampled_from((1, 7, 64, 65)),
+    st.booleans(),
     st.data(),
     st.integers(0, 2**32),
 )
-@settings(max_examples=40)
-def test_outputs_and_gradients_equal_the_reference_for_any_shape(batch, length, d, width, data, seed):
+@settings(max_examples=60)
+def test_outputs_and_gradients_equal_the_reference_for_any_shape(batch, length, d, width, residual, data, seed):
     torch.manual_seed(seed)
     k = data.draw(st.one_of(st.just(1), st.just(width), st.integers(1, width)), label="k")
     inputs = arguments(batch, length, d, width, k)
     grads = [torch.randn(batch, 2 * length, d, dtype=torch.float64)]
-    actual, expected = run(concept_mix, inputs, grads), run(reference.concept_mix, inputs, grads)
+    actual, expected = (
+        run(partial(function, residual=residual), inputs, grads) for function in (concept_mix, reference.concept_mix)
+    )
     assert_all_close(actual[0], expected[0])
     assert_all_close(actual[1], expected[1])
 
@@ -56,9 +61,17 @@ def test_no_tokens_make_an_empty_mix(shape, dtype):
     assert not inputs[3].grad.any()
 
 
-def test_gradients_of_every_input_pass_gradcheck():
+@pytest.mark.parametrize("residual", [False, True])
+def test_gradients_of_every_input_pass_gradcheck(residual):
     inputs = leaves(arguments(2, 2, 3, 7, 3))
-    assert torch.autograd.gradcheck(concept_mix, inputs)
+    assert torch.autograd.gradcheck(partial(concept_mix, residual=residual), inputs)
+
+
+def test_the_residual_form_is_hidden_and_concept_without_the_mean():
+    inputs = arguments()
+    mixed, concepts = concept_mix(*inputs, residual=True), concept_vectors(*inputs[1:])
+    assert torch.equal(mixed[:, 0::2], inputs[0])
+    assert_all_close([mixed[:, 1::2]], [inputs[0] + concepts - inputs[6]])
 
 
 def test_even_rows_are_the_hidden_states_and_odd_rows_the_concepts():
@@ -106,18 +119,20 @@ def test_every_input_keeps_its_dtype_and_so_does_its_gradient(dtype, wide):
     torch.testing.assert_close(mixed, exact, check_dtype=False, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_low_precision_is_as_exact_as_pytorch_and_sums_in_float32(dtype):
+def test_low_precision_is_as_exact_as_pytorch_and_sums_in_float32(dtype, residual):
     inputs = arguments(3, 20, 64, 200, 32, dtype, torch.float32)
     grads = [torch.randn(3, 40, 64).to(dtype)]
 
     def plain(hidden, values, indices, weight, bias, pre_bias, mean, std):
         rows = (values.to(weight.dtype)[..., None] * weight[indices]).sum(2)
-        concept = (rows + bias + pre_bias) * std + mean
+        concept = (rows + bias + pre_bias) * std + (hidden if residual else mean)
         return torch.stack([hidden, concept.to(hidden.dtype)], 2).flatten(1, 2)
 
-    exact = run(reference.concept_mix, cast(inputs, torch.float64), grads)
-    assert_no_worse_than(*(sum(run(f, inputs, grads), []) for f in (plain, concept_mix)), sum(exact, []))
+    ours, truth = (partial(function, residual=residual) for function in (concept_mix, reference.concept_mix))
+    exact = run(truth, cast(inputs, torch.float64), grads)
+    assert_no_worse_than(*(sum(run(f, inputs, grads), []) for f in (plain, ours)), sum(exact, []))
 
 
 def test_the_gradient_of_a_concept_that_every_token_keeps_adds_up_in_float32():
@@ -228,7 +243,9 @@ def test_another_device_is_refused_by_name(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("operation", "positions"), [(concept_mix, 2), (concept_add, 1)])
+@pytest.mark.parametrize(
+    ("operation", "positions"), [(concept_mix, 2), (concept_add, 1), (partial(concept_mix, residual=True), 2)]
+)
 def test_compiles_into_one_graph(operation, positions, dtype):
     compiled = torch.compile(operation, fullgraph=True, backend="aot_eager")
     for batch, length in ((2, 5), (2, 8)):

@@ -15,6 +15,11 @@ FLOATING = (0, 1, 3, 4, 5, 6, 7)
 OPERATIONS = {
     "concept_mix": (partial(concept_mix, backend="triton"), reference.concept_mix, 2),
     "concept_add": (partial(concept_add, backend="triton"), reference.concept_add, 1),
+    "residual": (
+        partial(concept_mix, residual=True, backend="triton"),
+        partial(reference.concept_mix, residual=True),
+        2,
+    ),
 }  # with the positions that a token has in the output
 both = pytest.mark.parametrize("name", OPERATIONS)
 NARROW = (torch.bfloat16, torch.float16)
@@ -65,6 +70,15 @@ def test_outputs_and_gradients_equal_the_reference_for_any_shape(name, batch, le
     assert_all_close(actual[1], expected[1], 1e-4, 1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *NARROW])
+def test_a_residual_without_a_concept_repeats_the_hidden_states(dtype):
+    hidden, values, indices, weight, bias, pre_bias, mean, std = arguments(dtype=dtype)
+    nothing = [torch.zeros_like(t) for t in (weight, bias, pre_bias)]
+    for backend in ("triton", "torch"):
+        mixed = concept_mix(hidden, values, indices, *nothing, mean, std, residual=True, backend=backend)
+        assert torch.equal(mixed[:, ::2], hidden) and torch.equal(mixed[:, 1::2], hidden)
+
+
 @both
 @pytest.mark.parametrize("shape", [(2, 0), (0, 3), (0, 0)])
 def test_no_tokens_make_an_empty_output_and_gradients_of_zero(name, shape):
@@ -95,7 +109,7 @@ def test_every_input_keeps_its_dtype_and_low_precision_is_as_exact_as_pytorch(na
 
     def plain(hidden, values, indices, weight, bias, pre_bias, mean, std):
         rows = (values.to(weight.dtype)[..., None] * weight[indices]).sum(2)
-        concept = ((rows + bias + pre_bias) * std + mean).to(hidden.dtype)
+        concept = ((rows + bias + pre_bias) * std + (hidden if name == "residual" else mean)).to(hidden.dtype)
         return torch.stack([hidden, concept], 2).flatten(1, 2) if positions == 2 else hidden + concept
 
     exact = run(truth, cast(inputs, torch.float64), grads)
@@ -129,6 +143,8 @@ def test_the_gradient_of_a_concept_that_every_token_keeps_adds_up_in_float32():
 @both
 @pytest.mark.parametrize("wanted", [*((i,) for i in FLOATING), (0, 1), (3, 4, 5), (1, 6), (3, 7)])
 def test_frozen_inputs_get_no_gradient_and_change_no_other(name, wanted):
+    if (name, wanted) == ("residual", (6,)):
+        pytest.skip("the residual form does not depend on the mean")
     operation, truth, positions = OPERATIONS[name]
     inputs = arguments()
     frozen = [i for i in range(8) if i not in wanted]
@@ -150,6 +166,8 @@ def test_frozen_inputs_get_no_gradient_and_change_no_other(name, wanted):
     ],
 )
 def test_no_kernel_runs_for_frozen_inputs(name, wanted, started):
+    if (name, wanted) == ("residual", (6,)):
+        started = set()  # it does not depend on the mean
     inputs = [t.cpu().requires_grad_(i in wanted) for i, t in enumerate(arguments())]
     mixed = OPERATIONS[name][0](*(t.to(DEVICE) for t in inputs))
     with recording((9, 0)) as launches:
@@ -161,6 +179,8 @@ def test_no_kernel_runs_for_frozen_inputs(name, wanted, started):
 def test_a_second_backward_pass_gives_the_same_gradients_bit_for_bit(name):
     inputs = leaves(arguments(1, 40, k=3, width=4))
     wanted = [t for t in inputs if t.requires_grad]
+    if name == "residual":  # does not depend on the mean
+        del wanted[5]
     mixed = OPERATIONS[name][0](*inputs)
     grad = torch.randn_like(mixed)
     first = torch.autograd.grad(mixed, wanted, grad, retain_graph=True)
@@ -201,7 +221,7 @@ def test_float64_is_refused_on_demand_and_left_to_torch_otherwise(name, position
     inputs = arguments()
     changed = (0, 3, 4, 5) if position == 0 else (position,)
     inputs = [t.double() if i in changed else t for i, t in enumerate(inputs)]
-    with pytest.raises(ValueError, match=f"{name}: no triton backend exists"):
+    with pytest.raises(ValueError, match=f"{'concept_mix' if name == 'residual' else name}: no triton backend exists"):
         operation(*inputs)
     monkeypatch.setenv("COCOMIX_BACKEND", "triton")
     expected = truth(*cast(inputs, torch.float64))
@@ -221,10 +241,10 @@ def test_compiles_into_one_graph_forward_and_backward(name, frozen):
         assert_all_close(actual[0] + actual[1], expected[0] + expected[1], 1e-6, 1e-6)
 
 
-@pytest.mark.parametrize("interleaved", [True, False])
-def test_is_registered_as_pytorch_expects_an_operator(interleaved):
+@pytest.mark.parametrize(("interleaved", "residual"), [(True, False), (False, False), (True, True)])
+def test_is_registered_as_pytorch_expects_an_operator(interleaved, residual):
     torch.use_deterministic_algorithms(False)  # it compares fresh buffers of operators that write none
-    torch.library.opcheck(torch.ops.cocomix.concept_mix.default, (*leaves(arguments(1, 2)), interleaved))
+    torch.library.opcheck(torch.ops.cocomix.concept_mix.default, (*leaves(arguments(1, 2)), interleaved, residual))
 
 
 @gpu_only
