@@ -11,6 +11,7 @@ CORE = [
     "tokenizers>=0.23.1",  # trains and runs byte-level BPE on all cores
     "safetensors>=0.8",  # SAE files that cannot execute code
     "numpy>=1.26",
+    "psutil>=5.9",  # which cores are busy; between machines, which network interface leads where
     "fsspec>=2024.2",  # opens compressed text; torch brings it along anyway
     "msgspec>=0.19",  # checks what JSON files hold against dataclasses; small, and imported in 20 ms
     "omegaconf>=2.3",  # YAML over dataclasses, overrides, interpolation
@@ -25,7 +26,6 @@ EXTRAS = {
         "tensorboard>=2.17",
         "ninja>=1.11",
         "setuptools",
-        "psutil",  # the network interface between machines; DeepSpeed needs it too
     ],
     "report": ["matplotlib>=3.9", "jinja2>=3.1"],  # `cocomix report`; torch brings jinja2 along anyway
     "concepts": ["jinja2>=3.1"],  # the page of `cocomix concepts`

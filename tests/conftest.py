@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, settings
 if "PYTEST_XDIST_WORKER" in os.environ:  # test processes share the cores, and so do the programs that tests start
     os.environ["OMP_NUM_THREADS"] = "1"
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for programs that tests start: cores may be busy
+
 settings.register_profile(
     "cocomix", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )

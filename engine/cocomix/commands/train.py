@@ -1,6 +1,7 @@
 """`cocomix train`: pretraining, with or without concepts."""
 
 from cocomix.commands.arguments import add_config, read_config
+from cocomix.core.threads import wait_passively_on_busy_cores
 
 SUMMARY = "pretrain a student (model.mixing=none: the NTP baseline)"
 WHEN_INTERRUPTED = "with --resume it continues from its last checkpoint"
@@ -16,7 +17,9 @@ def add_arguments(parser):
 
 
 def run(options):
+    config = read_config(options)
+    wait_passively_on_busy_cores()
     from cocomix.costs.memory_check import memory_warning
     from cocomix.training.trainer import train
 
-    return train(read_config(options), options.resume, memory_warning)
+    return train(config, options.resume, memory_warning)

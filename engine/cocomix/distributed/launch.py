@@ -11,8 +11,9 @@ import socket
 import sys
 import time
 
+import psutil
+
 from cocomix.core.errors import CocomixError
-from cocomix.core.extras import needs
 
 _QUIET_S = 10.0  # a process that waits longer for the first one says so
 _RETRY_S = 1.0
@@ -141,9 +142,6 @@ def _choose_interface(host: str) -> None:
     """
     if os.environ.get("GLOO_SOCKET_IFNAME"):
         return
-    with needs("training on several hosts", "psutil", "cocomix[train]"):
-        import psutil
-
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 1))  # sends nothing
         own = probe.getsockname()[0]

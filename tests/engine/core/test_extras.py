@@ -8,7 +8,6 @@ import pytest
 from cocomix.core.errors import CocomixError
 from cocomix.core.extras import needs
 from cocomix.data.sources import _HubDataset, _read_parquet
-from cocomix.distributed.launch import _choose_interface
 from cocomix.distributed.ranks import import_deepspeed
 from cocomix.inference.tasks import _Harness
 from cocomix.report.figures import FigureEntry, draw
@@ -22,7 +21,6 @@ from cocomix.training.metrics import _open_tensorboard, _open_wandb
         ("torch.utils.tensorboard", "train", lambda: _open_tensorboard("folder", 0)),
         ("wandb", "wandb", lambda: _open_wandb("folder", "project", {})),
         ("deepspeed", "train", import_deepspeed),
-        ("psutil", "train", lambda: _choose_interface("host")),
         ("lm_eval", "eval", lambda: _Harness(SimpleNamespace())),
         ("pyarrow", "data", lambda: next(_read_parquet("a.parquet", "text"))),
         ("datasets", "data", lambda: next(_HubDataset("hf:a", "a", "train", None, "text").documents())),
@@ -30,7 +28,6 @@ from cocomix.training.metrics import _open_tensorboard, _open_wandb
 )
 def test_what_is_not_installed_is_named_with_its_extra(monkeypatch, module, extra, use):
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     with pytest.raises(CocomixError, match=rf"needs .*: pip install 'cocomix\[{extra}\]' \(.*{module}"):
         use()
 
