@@ -51,13 +51,14 @@ $(READY): setup.py constraints.txt
 
 QUICKSTART = "out=$(OUT)"
 quickstart: $(READY)
-	@echo "1/7 data: text -> tokenizer and token files";        $(COCOMIX) data configs/quickstart/teacher.yaml $(QUICKSTART) "data.text=['$(TEXT)']"
-	@echo "2/7 teacher: a small language model";                $(COCOMIX) train configs/quickstart/teacher.yaml $(QUICKSTART) --resume
-	@echo "3/7 sae: the teacher's sparse autoencoder";          $(COCOMIX) sae configs/quickstart/student.yaml $(QUICKSTART)
-	@echo "4/7 labels: which concepts matter at each token";    $(COCOMIX) labels configs/quickstart/student.yaml $(QUICKSTART)
-	@echo "5/7 student by next-token prediction alone";         $(COCOMIX) train configs/quickstart/student.yaml $(QUICKSTART) model.mixing=none train.run=$(OUT)/ntp --resume
-	@echo "6/7 student with continuous concepts";               $(COCOMIX) train configs/quickstart/student.yaml $(QUICKSTART) --resume
-	@echo "7/7 report"; echo;                                   $(COCOMIX) report $(OUT)/ntp $(OUT)/cocomix --out $(OUT)/report
+	@echo "1/8 data: text -> tokenizer and token files";        $(COCOMIX) data configs/quickstart/teacher.yaml $(QUICKSTART) "data.text=['$(TEXT)']"
+	@echo "2/8 teacher: a small language model";                $(COCOMIX) train configs/quickstart/teacher.yaml $(QUICKSTART) --resume
+	@echo "3/8 sae: the teacher's sparse autoencoder";          $(COCOMIX) sae configs/quickstart/student.yaml $(QUICKSTART)
+	@echo "4/8 labels: which concepts matter at each token";    $(COCOMIX) labels configs/quickstart/student.yaml $(QUICKSTART)
+	@echo "5/8 student by next-token prediction alone";         $(COCOMIX) train configs/quickstart/student.yaml $(QUICKSTART) model.mixing=none train.run=$(OUT)/ntp --resume
+	@echo "6/8 student with continuous concepts, as in the paper"; $(COCOMIX) train configs/quickstart/student.yaml $(QUICKSTART) --resume
+	@echo "7/8 student with concepts on its hidden states";     $(COCOMIX) train configs/quickstart/student.yaml $(QUICKSTART) model.concept_residual=true train.run=$(OUT)/residual --resume
+	@echo "8/8 report"; echo;                                   $(COCOMIX) report $(OUT)/ntp $(OUT)/residual $(OUT)/cocomix --out $(OUT)/report
 
 # One process a core, each with one thread; a file's tests stay together, because they share what they set up.
 PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadfile

@@ -33,10 +33,25 @@ _ENTRY_KEYS = ("path", "weight", "text_key")
 class Source(Protocol):
     """One entry of `data.text`."""
 
-    name: str
-    plain_bytes: int | None  # size of the text where it is known without reading it
-    parts: list["Source"]  # of a mixture
-    ended_with: str | None  # the part of a mixture that was used up first, once all documents have been read
+    @property
+    def name(self) -> str:
+        """What the config calls it."""
+        ...
+
+    @property
+    def plain_bytes(self) -> int | None:
+        """Size of the text where it is known without reading it."""
+        ...
+
+    @property
+    def parts(self) -> Sequence["Source"]:
+        """Of a mixture."""
+        ...
+
+    @property
+    def ended_with(self) -> str | None:
+        """The part of a mixture that was used up first, once all documents have been read."""
+        ...
 
     def fingerprint(self) -> dict:
         """What tells this text from another, JSON-serialisable."""
@@ -69,7 +84,7 @@ def open_sources(config: DataConfig) -> list[Source]:
             f"data.text: {entries[weights.index(None)]['path']} has no weight but others have: give "
             "every entry a weight, or none"
         )
-    return [_Mixture(sources, weights)]  # pyright: ignore[reportReturnType]  its attributes are narrower
+    return [_Mixture(sources, weights)]
 
 
 def _read_entry(entry) -> dict:
@@ -131,13 +146,13 @@ def _open_source(name: str, config: DataConfig) -> Source:
     if name == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         files = [path for path in _walk(root, skip=_NOT_STDLIB) if path.suffix == ".py"]
-        return _LocalFiles(f"stdlib of Python {platform.python_version()}", root, _some(name, files), config.text_key)  # pyright: ignore[reportReturnType]  its attributes are narrower
+        return _LocalFiles(f"stdlib of Python {platform.python_version()}", root, _some(name, files), config.text_key)
     if name.startswith("hf:"):
         dataset, split, subset = (name.removeprefix("hf:").split(":", 2) + ["", ""])[:3]
-        return _HubDataset(name, dataset, split or "train", subset or None, config.text_key)  # pyright: ignore[reportReturnType]  its attributes are narrower
+        return _HubDataset(name, dataset, split or "train", subset or None, config.text_key)
     path = Path(name).expanduser()
     if path.is_file():
-        return _LocalFiles(name, path.parent, [path], config.text_key, skip_binary=False)  # pyright: ignore[reportReturnType]  its attributes are narrower
+        return _LocalFiles(name, path.parent, [path], config.text_key, skip_binary=False)
     if path.is_dir():
         files, root = list(_walk(path)), path
     elif glob.has_magic(name):
@@ -146,7 +161,7 @@ def _open_source(name: str, config: DataConfig) -> Source:
         raise CocomixError(f"data.text: there is no file or folder {name}")
     made_here = Path(config.folder).resolve()
     files = [file for file in files if made_here not in file.resolve().parents]
-    return _LocalFiles(name, root, _some(name, files), config.text_key)  # pyright: ignore[reportReturnType]  its attributes are narrower
+    return _LocalFiles(name, root, _some(name, files), config.text_key)
 
 
 def _some(name: str, files: list[Path]) -> list[Path]:
