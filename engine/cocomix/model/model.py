@@ -87,12 +87,10 @@ class CompressLayer(nn.Module):
         self.weight = nn.Parameter(torch.empty(concept_dim, width))
         self.bias = nn.Parameter(torch.zeros(width))
 
-    def forward(self, hidden, values, indices, pre_bias, mean, std, config):
-        """hidden [B, T, d] -> [B, 2T, d] for mixing "interleave", [B, T, d] for "add"."""
+    def forward(self, hidden, values, indices, pre_bias, mean, std, mixing, residual=False):
+        """hidden [B, T, d] -> [B, 2T, d] for "interleave", where `residual` counts, [B, T, d] for "add"."""
         arguments = (hidden, values, indices, self.weight, self.bias, pre_bias, mean, std)
-        if config.mixing == "add":
-            return concept_add(*arguments)
-        return concept_mix(*arguments, residual=config.concept_residual)
+        return concept_mix(*arguments, residual=residual) if mixing == "interleave" else concept_add(*arguments)
 
 
 class PauseTokens(nn.Module):
@@ -240,7 +238,8 @@ class CoCoMixModel(CoCoMixPreTrainedModel):
         concepts = {"concept_loss": head.loss, "concept_values": values, "concept_indices": indices}
         if not mixes_concepts(config.mixing):
             return hidden, concepts
-        return self.compress_layer(hidden, values, indices, self.pre_bias, mean, std, config), concepts
+        of_concepts = (values, indices, self.pre_bias, mean, std)
+        return self.compress_layer(hidden, *of_concepts, config.mixing, config.concept_residual), concepts
 
     def _check_length(self, length):
         if length > self.config.n_positions:
