@@ -15,9 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_helpers import assert_all_close, run
+from profile_helpers import method_results, profile_results
 from torch.utils.flop_counter import FlopCounterMode
 
 from cocomix.core.machine import peak_bytes
+from cocomix.costs.profile_results import Spread
 from cocomix.report import measurement_figures
 from cocomix_kernels import FullTargets, TopTargets, reference
 
@@ -673,25 +675,25 @@ def test_profiles_begin_with_what_may_fit_the_gpu():
 
 
 def test_a_profiles_targets_are_those_of_its_size():
-    def mode(of, slower, memory, efficiency=None, windows=4):
-        return {
-            "of": of,
-            "slower": slower and {"median": slower},
-            "peak_memory_gib": memory,
-            "windows": windows,
-            "efficiency": efficiency,
-        }
+    def method(of, slower, memory, efficiency=None, windows=4):
+        return replace(
+            method_results("a method", 0.1),
+            of=of,
+            slower=slower and Spread.of([slower]),
+            peak_memory_gib=memory,
+            windows=windows,
+            efficiency=efficiency,
+        )
 
-    found = {
-        "methods": {
-            "ntp": mode(None, None, 10),
-            "cached": mode(None, None, 20, 0.91),
-            "online": mode(None, None, 21, 0.8),
-            "transformers": mode("ntp", 0.99, 12),
-            "public cached": mode("cached", 4.0, 40),
-            "public online": mode("online", 3.5, 30, windows=2),
-        }
+    methods = {
+        "ntp": method(None, None, 10),
+        "cached": method(None, None, 20, 0.91),
+        "online": method(None, None, 21, 0.8),
+        "transformers": method("ntp", 0.99, 12),
+        "public cached": method("cached", 4.0, 40),
+        "public online": method("online", 3.5, 30, windows=2),
     }
+    found = replace(profile_results(), methods=methods)
     assert [met for _, _, met in gpu_profiles.targets("69m", found)] == [True, False, False, True, True]
     assert [met for _, _, met in gpu_profiles.targets("1.38b", found)] == [True, False, True, True, True]
     assert "efficiency with cached labels ≥ 0.9" in gpu_profiles.targets("386m", found)[0][0]

@@ -20,7 +20,7 @@ def test_numbers_of_gpus_are_read_from_one_argument(world, monkeypatch):
         (["--gpus=3"], "train.global_batch (8) must be a multiple of train.micro_batch (4) x 3 GPUs"),
         (["--gpus=many"], "--gpus many: expected a number"),
         (["--gpus=8,"], "--gpus 8,: expected a number, or several with commas between them"),
-        (["--gpus=2", "teacher.model=OUT/nobody"], "so its shape is not known"),
+        (["--gpus=2", "teacher.model=OUT/nobody"], "so its shape is unknown"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing_behind(world, capsys, arguments, message):
