@@ -56,7 +56,7 @@ def describe(plan: Plan) -> str:
         f"{training_flops(shape, job.teacher) / 1e9:.2f} GFLOP a token, forward and backward",
         f"{plan.gpus} x {cluster.name}, {cluster.memory_gb:g} GB each of which {cluster.reserved_gb:g} GB reserved; "
         f"{plan.global_batch:,} windows of {shape.seq_len:,} tokens a step: {first.rounds} x {first.micro_batch} for "
-        f"each GPU{', activation checkpointing' * first.checkpointing}",
+        f"each GPU{', activation checkpointing' if first.checkpointing else ''}",
         "",
         "predicted, for one GPU",
         _stage_table(plan),
@@ -66,7 +66,7 @@ def describe(plan: Plan) -> str:
         return "\n".join([*lines, plan.advice])
     found = plan.chosen
     lines += [
-        f"chosen: {settings_of(found)}{' train.offload_optimizer=true' * found.setup.offload}",
+        f"chosen: {settings_of(found)}{' train.offload_optimizer=true' if found.setup.offload else ''}",
         f"  {gigabytes(found.memory.total)} GB a GPU, step {found.step_s * 1e3:,.0f} ms, "
         f"{found.tokens_per_s:,.0f} tokens/s, {_days(found.days)} days for {job.config.train.tokens:.3g} tokens",
         f"assumed: {_rates(job)}; {cluster.link_share:.0%} of the links' rates; of communication that DeepSpeed "
@@ -80,8 +80,8 @@ def _method(job):
     sources = [
         f"{'cached' if kind.cache_folder(config) else 'online'} {kind.title(config)}" for kind in wanted_kinds(config)
     ]
-    distils = ["distillation"] * (SOFT_TARGETS in learns_from(config))
-    residual = ["residual"] * (doubles_sequence(job.shape.mixing) and job.shape.concept_residual)
+    distils = ["distillation"] if SOFT_TARGETS in learns_from(config) else []
+    residual = ["residual"] if doubles_sequence(job.shape.mixing) and job.shape.concept_residual else []
     return ", ".join([f"mixing {job.shape.mixing}", *residual, *distils, *sources])
 
 
@@ -134,7 +134,7 @@ def table(plans: list[Plan]) -> str:
     titles = ("GPUs", "windows a step", "ZeRO", "micro batch", "checkpointing", "GB a GPU", "step", "tokens/s", "days")
     rows = [titles, tuple("---:" for _ in titles)]
     for plan in plans:
-        batch = f"{plan.global_batch:,}{'*' * (plan.global_batch != job.config.train.global_batch)}"
+        batch = f"{plan.global_batch:,}{'' if plan.global_batch == job.config.train.global_batch else '*'}"
         found = plan.chosen
         if found is None:
             rows.append((f"{plan.gpus:,}", batch, "nothing fits", *("" for _ in titles[3:])))

@@ -146,7 +146,7 @@ class Profile:
             raise CocomixError(
                 f"online {wanted[0]} need a teacher: set teacher.model"
                 f"{' and teacher.sae' if CONCEPT_LABELS in wanted else ''}, or "
-                f"pass --random-teacher{', or profile --labels cached alone' * bool(is_possible[CACHED])}"
+                f"pass --random-teacher{', or profile --labels cached alone' if is_possible[CACHED] else ''}"
             )
         return kinds
 
