@@ -29,6 +29,7 @@ from cocomix.core.config import Config, load_config
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import atomic_write, write_json
 from cocomix.core.machine import describe, synchronize
+from cocomix.core.precision import settled
 from cocomix.costs.cluster import Cluster
 from cocomix.costs.planner import configured, make_job, predict
 from cocomix.costs.profile_inputs import baseline
@@ -100,6 +101,7 @@ def values(text: str) -> list[int]:
 def scale(config: Config, options) -> dict:
     """What scaling.json holds. Raises `CocomixError` where a profile fails for another reason than memory."""
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    config, _ = settled(config, device.type)
     measured = {name: measure(name, options, config, device) for name in DIMENSIONS if getattr(options, name)}
     first = next((profile for points in measured.values() for profile, _ in points.values() if profile), None)
     if first is None:

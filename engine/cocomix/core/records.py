@@ -1,6 +1,6 @@
 """Dataclasses from what a JSON file holds, checked on the way in."""
 
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -8,6 +8,8 @@ from cocomix.core.errors import CocomixError
 from cocomix.core.files import AnyPath
 
 Record = TypeVar("Record")
+Count = Annotated[int, msgspec.Meta(gt=0)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 
 def as_record(kind: type[Record], values: Any, path: AnyPath) -> Record:

@@ -24,8 +24,9 @@ def wait_passively_on_busy_cores() -> None:
     busy = psutil.cpu_percent(interval=_SAMPLE_S) / 100 * (psutil.cpu_count() or 1)
     if busy >= _BUSY_CORES:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        print(
-            f"others keep {busy:.1f} of {psutil.cpu_count()} cores busy: threads sleep while they wait "
-            "(OMP_WAIT_POLICY=PASSIVE; set it to ACTIVE for the contrary)",
-            file=sys.stderr,
-        )
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                f"others keep {busy:.1f} of {psutil.cpu_count()} cores busy: threads sleep while they wait "
+                "(OMP_WAIT_POLICY=PASSIVE; set it to ACTIVE for the contrary)",
+                file=sys.stderr,
+            )

@@ -92,12 +92,14 @@ class Job:
 def make_job(config: Config, cluster: Cluster, vocab_size: int | None = None) -> Job:
     """Collect the shapes; a precision of `auto` is a GPU's. Raises `CocomixError` where the vocabulary or the teacher's
     shape cannot be known."""
-    config, _ = settled(config, "cuda", {})
-    shape = student_shape(config, vocab_size or _vocabulary(config))
+    config, _ = settled(config, "cuda")
+    shape = student_shape(config, vocab_size or known_vocabulary(config))
     return Job(config, shape, _teacher(config), cluster)
 
 
-def _vocabulary(config):
+def known_vocabulary(config: Config) -> int:
+    """The vocabulary of the token files, or of the tokenizer that will make them. Raises `CocomixError` where nothing
+    tells it."""
     meta = Path(config.data.folder) / "meta.json"
     if meta.is_file():
         return _read_shape(meta, "vocab_size")["vocab_size"]

@@ -9,8 +9,7 @@ import torch
 
 from cocomix.core.config import Config
 from cocomix.core.errors import CocomixError
-from cocomix.core.shapes import StudentShape
-from cocomix.costs.planner import make_job
+from cocomix.costs.planner import known_vocabulary
 from cocomix.data.token_files import TokenFiles
 from cocomix.teacher.language_model import DTYPES
 from cocomix.teacher.supervision import wanted_kinds
@@ -44,8 +43,8 @@ def open_tokens(config: Config, vocab_size: int | None):
     if vocab_size is None and (Path(config.data.folder) / "meta.json").is_file():
         tokens = TokenFiles.open(config.data.folder)
         return tokens.split("train"), tokens.vocab_size
-    shape = student_shape(config, vocab_size)
-    return RandomTokens(shape.vocab_size), shape.vocab_size
+    vocab_size = vocab_size or known_vocabulary(config)
+    return RandomTokens(vocab_size), vocab_size
 
 
 def baseline(config: Config) -> Config:
@@ -55,12 +54,6 @@ def baseline(config: Config) -> Config:
         model=dataclasses.replace(config.model, mixing="none"),
         distillation=dataclasses.replace(config.distillation, weight=0.0),
     )
-
-
-def student_shape(config: Config, vocab_size: int | None) -> StudentShape:
-    """The shape of the config's student. Raises `CocomixError` where nothing tells the vocabulary."""
-    shape = make_job(baseline(config), cast(Any, None), vocab_size).shape  # the teacher's shape is not wanted here
-    return dataclasses.replace(shape, mixing=config.model.mixing)
 
 
 def random_caches(config: Config, vocab_size: int) -> dict[str, Source]:

@@ -17,7 +17,8 @@ from cocomix.core.errors import CocomixError
 from cocomix.core.flops import ideal_ratio, training_flops
 from cocomix.core.machine import ProductRate, give_memory_back, is_out_of_memory, kept_bytes, peak_bytes, synchronize
 from cocomix.core.methods import CONCEPT_LABELS, SOFT_TARGETS, method_title, mixes_concepts
-from cocomix.costs.profile_inputs import baseline, build_teachers, open_tokens, random_caches, student_shape
+from cocomix.core.shapes import student_shape
+from cocomix.costs.profile_inputs import baseline, build_teachers, open_tokens, random_caches
 from cocomix.costs.step_parts import OPTIMIZER, Timeline, marked, marked_updates
 from cocomix.distributed.ranks import Ranks
 from cocomix.teacher.supervision import Supervision, learns_from, teacher_shape, wanted_kinds

@@ -25,7 +25,7 @@ from cocomix.core.files import write_json
 from cocomix.core.flops import parameter_count
 from cocomix.core.machine import describe
 from cocomix.core.methods import SOFT_TARGETS, method_title
-from cocomix.core.precision import say_precision, settled
+from cocomix.core.precision import STUDENT, TEACHER, settled
 from cocomix.costs.profile_inputs import RandomTokens
 from cocomix.costs.profile_results import MethodResults, Parameters, ProfileResults, Settings, Spread
 from cocomix.costs.profile_session import NTP, Method, Options, OutOfMemory, Profile
@@ -43,10 +43,12 @@ def run(config: Config, options: Options, trace=None, json_file=None) -> None:
     Raises `CocomixError` for settings that cannot be run, among them those that do not fit into memory.
     """
     with process_group(config.train.timeout_minutes) as ranks:
-        config, notes = settled(config, ranks.device.type, {})
-        if ranks.is_first:
-            say_precision(notes, has_teacher=bool(learns_from(config)))
+        config, notes = settled(config, ranks.device.type)
         profile = fitting_profile(config, options, ranks)
+        if ranks.is_first and STUDENT in notes:
+            print(notes[STUDENT])
+        if ranks.is_first and TEACHER in notes and profile.teachers:
+            print(notes[TEACHER])
         try:
             profile.measure()
             found = results(profile)

@@ -8,7 +8,6 @@ from cocomix.core.config import TeacherConfig, load_config
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import read_json
 from cocomix.core.methods import predicts_concepts
-from cocomix.core.precision import settled
 from cocomix.data.tokenizer import load_tokenizer
 from cocomix.distributed.export import description_folder, find_model, is_checkpoint, is_run, load_model, run_of
 from cocomix.inference.concept_names import FILE
@@ -75,7 +74,7 @@ def load_teacher(path, config_path, usable: UsableModel):
     from cocomix.teacher.concept_teacher import ConceptTeacher
 
     if config_path is not None:
-        section = settled(load_config(config_path), usable.model.device.type, {})[0].teacher
+        section = load_config(config_path).teacher
     else:
         known = {field.name for field in dataclasses.fields(TeacherConfig)}
         settings = run_settings(path, "teacher")

@@ -73,8 +73,9 @@ def _saving_notes(runs: list[Run], names: list[str]) -> list[str]:
         found = None if run.is_baseline else saving(run, baseline)
         if found is not None:
             has_bounds = True
+            tokens = _saved(found.share, "fewer")
             notes.append(
-                f"{name} reaches a validation loss of {found.loss:.3f} with {_fewer(found.share)} tokens than {ntp} (a "
+                f"{name} reaches a validation loss of {found.loss:.3f} with {tokens} tokens than {ntp} (a "
                 f"saving between {found.low:.1%} and {found.high:.1%} by the evaluations around it)."
                 f"{_at_its_cost(found, run, baseline, time_ratio)}"
             )
@@ -87,9 +88,9 @@ def _saving_notes(runs: list[Run], names: list[str]) -> list[str]:
     return [*notes, "What other seeds would give is not in these bounds."] if has_bounds else notes
 
 
-def _fewer(share: float) -> str:
-    """A saving in words."""
-    return f"{share:.1%} fewer" if share >= 0 else f"{-share:.1%} more"
+def _saved(share: float, word: str) -> str:
+    """A saving in words; `word` is "fewer" or "less"."""
+    return f"{share:.1%} {word}" if share >= 0 else f"{-share:.1%} more"
 
 
 def _at_its_cost(found: Saving, run: Run, baseline: Run, time_ratio: float | None) -> str:
@@ -97,9 +98,9 @@ def _at_its_cost(found: Saving, run: Run, baseline: Run, time_ratio: float | Non
     costs, arithmetic = [], None
     if run.flops_per_token and baseline.flops_per_token:
         arithmetic = run.flops_per_token / baseline.flops_per_token
-        costs.append(f"{_fewer(found.at_cost(arithmetic)).replace('fewer', 'less')} arithmetic")
+        costs.append(f"{_saved(found.at_cost(arithmetic), 'less')} arithmetic")
     if time_ratio is not None:
-        costs.append(f"{_fewer(found.at_cost(time_ratio)).replace('fewer', 'less')} time at the speeds measured here")
+        costs.append(f"{_saved(found.at_cost(time_ratio), 'less')} time at the speeds measured here")
     if not costs:
         return ""
     text = f" That is {' and '.join(costs)}"

@@ -12,13 +12,13 @@ from cocomix.core.errors import CocomixError
 from cocomix.core.shapes import TeacherShape
 from cocomix.model.pretrained import fingerprint, load_language_model
 from cocomix.teacher.language_model import (
-    DTYPES,
     check_head,
     check_layer,
     fixed_passes,
     head_weight,
     require_context,
     residual_stream,
+    teacher_dtype,
     transformer_blocks,
 )
 from cocomix_kernels import concept_attribution, linear_cross_entropy
@@ -62,7 +62,7 @@ class ConceptTeacher:
         for key in ("model", "sae"):
             if not getattr(config, key):
                 raise CocomixError(f"concept labels need teacher.{key}: set it to a path")
-        dtype = DTYPES[config.dtype]
+        dtype = teacher_dtype(config.dtype, device)
         if model is None:
             model = load_language_model(config.model)
             cast(Any, model).to(device, dtype)  # in place

@@ -11,7 +11,7 @@ from cocomix.core.config import Config
 from cocomix.core.errors import CocomixError
 from cocomix.core.shapes import TeacherShape
 from cocomix.model.pretrained import fingerprint, load_language_model
-from cocomix.teacher.language_model import DTYPES, check_head, fixed_passes, head_weight, require_context
+from cocomix.teacher.language_model import check_head, fixed_passes, head_weight, require_context, teacher_dtype
 from cocomix_kernels import top_targets
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class DistillationTeacher:
             if not config.teacher.model:
                 raise CocomixError("distillation needs teacher.model: set it to a path")
             model = load_language_model(config.teacher.model)
-            cast(Any, model).to(device, DTYPES[config.teacher.dtype])  # in place
+            cast(Any, model).to(device, teacher_dtype(config.teacher.dtype, device))  # in place
         return cls(model, vocab_size, config.distillation.top_k)
 
     @property

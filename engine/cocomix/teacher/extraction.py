@@ -1,21 +1,23 @@
 """`cocomix labels`: what a frozen teacher says about every token, computed once and kept."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from collections.abc import Callable, Iterator
 
 import torch
 from tqdm import tqdm
 
 from cocomix.core.config import Config
 from cocomix.core.errors import CocomixError
-from cocomix.core.precision import say_precision, settled
+from cocomix.core.precision import TEACHER, settled
 from cocomix.data.token_files import TokenFiles
 from cocomix.distributed.ranks import own_device, rank_and_world
 from cocomix.teacher.concept_labels import ConceptLabels
 from cocomix.teacher.shard_cache import ShardCache
 from cocomix.teacher.supervision import cached_precision, wanted_kinds
 from cocomix.teacher.supervision_kind import SupervisionKind
+
+# Labels depend on no student: others may learn from them.
+_WITHOUT_A_STUDENT: tuple[SupervisionKind, ...] = (ConceptLabels(),)
 
 
 def run(config: Config) -> None:
@@ -26,8 +28,7 @@ def run(config: Config) -> None:
     never started. Run again, it continues where it stopped, and makes damaged shards anew. Raises `CocomixError` where
     teacher, SAE, token files or cache do not fit.
     """
-    labels = ConceptLabels()  # they depend on no student: others may learn from them
-    wanted = wanted_kinds(config) or cast(Sequence[SupervisionKind], (labels,))
+    wanted = wanted_kinds(config) or _WITHOUT_A_STUDENT
     cached = [kind for kind in wanted if kind.cache_folder(config)]
     if not cached:
         names = " and ".join(kind.name for kind in wanted)
@@ -35,9 +36,9 @@ def run(config: Config) -> None:
     if not wanted_kinds(config) and rank_and_world()[0] == 0:
         print(f"note: model.mixing={config.model.mixing} learns from no labels; these are for other students")
     device, tokens, model = own_device(), TokenFiles.open(config.data.folder), None
-    config, notes = settled(config, device.type, cached_precision(config))
-    if rank_and_world()[0] == 0:
-        say_precision(notes, has_teacher=True, trains=False)
+    config, notes = settled(config, device.type, lambda unsettled: cached_precision(unsettled, cached))
+    if TEACHER in notes and rank_and_world()[0] == 0:
+        print(notes[TEACHER])
     for kind in cached:
         teacher = kind.make_teacher(config, tokens, device, model)
         model = teacher.model  # all teachers share one

@@ -6,13 +6,21 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
+from cocomix.core.config import AUTO
 from cocomix.core.errors import CocomixError
+from cocomix.core.precision import fastest
 from cocomix.data.token_files import TokenFiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def teacher_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What `teacher.dtype` means on a device, `auto` included."""
+    return DTYPES[fastest(device.type)[0] if precision == AUTO else precision]
+
 
 # Windows in one pass through the teacher. A matrix product may round differently when its shape changes, so passes
 # always have the same shape and labels depend on the window alone, not on the batch that it came in.

@@ -18,7 +18,7 @@ from cocomix_kernels.common.selection import stable_topk
 STD_EPS = 1e-5
 NORMALIZATIONS = ("none", "layer_norm", "constant_norm")
 _NAMES: dict[bool | str, str] = {False: "none", True: "layer_norm"}
-_PLAIN_NAMES: dict[str, bool | str] = {"none": False, "layer_norm": True}  # as files and fingerprints write them
+_PLAIN_NAMES = {name: plain for plain, name in _NAMES.items()}  # as files and fingerprints write them
 
 
 class SparseAutoencoder(nn.Module):

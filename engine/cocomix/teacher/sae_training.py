@@ -27,7 +27,7 @@ from cocomix.core.config import Config, SaeConfig
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import atomic_write, require_space
 from cocomix.core.origin import differences
-from cocomix.core.precision import say_precision, settled
+from cocomix.core.precision import TEACHER, settled
 from cocomix.data.token_files import TokenFiles
 from cocomix.data.windows import WindowOrder
 from cocomix.model.pretrained import fingerprint, load_language_model
@@ -300,8 +300,9 @@ def run(config: Config) -> dict:
     folder = _output_folder(config)
     tokens = TokenFiles.open(config.data.folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config, notes = settled(config, device.type, _begun_with(folder))
-    say_precision(notes, has_teacher=True, trains=False)
+    config, notes = settled(config, device.type, lambda _: _begun_with(folder))
+    if TEACHER in notes:
+        print(notes[TEACHER])
     model = cast(Any, load_language_model(config.teacher.model)).to(device, DTYPES[config.teacher.dtype]).eval()
     _check_teacher(model, tokens, config)
     identity = _identity(config, model, tokens)
@@ -448,7 +449,7 @@ def _begun_with(folder: Path) -> dict[str, str]:
         training = read_saved_config(folder).get("training") or {}
     elif _partial_path(folder).is_file():
         training = _identity_of_state(_partial_path(folder))
-    return {name: training[name] for name in ("teacher.dtype",) if name in training}
+    return {TEACHER: training[TEACHER]} if TEACHER in training else {}
 
 
 def _finished_metrics(folder: Path, identity: dict) -> dict | None:

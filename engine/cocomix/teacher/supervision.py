@@ -2,7 +2,7 @@
 training run has of them."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,9 +33,9 @@ def learns_from(config: Config) -> tuple[str, ...]:
     return tuple(kind.name for kind in wanted_kinds(config))
 
 
-def cached_precision(config: Config) -> dict[str, str]:
-    """{"teacher.dtype": the precision of the teacher that the config's caches are from}, where there is a cache."""
-    for kind in KINDS:
+def cached_precision(config: Config, kinds: Sequence[SupervisionKind]) -> dict[str, str]:
+    """{"teacher.dtype": the precision of the teacher that the caches of `kinds` are from}, where there is one."""
+    for kind in kinds:
         folder = kind.cache_folder(config)
         if folder and (Path(folder) / "meta.json").is_file():
             dtype = kind.cache_class.open(folder).fingerprints.get("dtype")

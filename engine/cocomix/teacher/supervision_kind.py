@@ -65,7 +65,7 @@ class SupervisionKind(ABC):
 
     @abstractmethod
     def how_to_cache(self, config: Config) -> str:
-        """ ", or set ..." for messages; empty where it cannot be cached."""
+        """How messages go on that ask for its teacher: ", or set ..." the cache, nothing where it cannot be cached."""
 
     @abstractmethod
     def title(self, config: Config) -> str:

@@ -95,7 +95,7 @@ class MetricsLog:
 
 
 def _open_tensorboard(folder, from_step):
-    with needs("train.tensorboard=true", "TensorBoard", "cocomix[train]"):
+    with needs("train.tensorboard, which false turns off,", "TensorBoard", "cocomix[train]"):
         from torch.utils.tensorboard import SummaryWriter
     return SummaryWriter(folder / "tensorboard", purge_step=from_step + 1)
 

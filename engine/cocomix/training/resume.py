@@ -8,9 +8,9 @@ import cocomix_kernels as kernels
 from cocomix.core.config import Config, current_name
 from cocomix.core.errors import CocomixError
 from cocomix.core.origin import differences
-from cocomix.core.precision import SETTINGS as PRECISION_SETTINGS
+from cocomix.core.precision import STUDENT, TEACHER
 from cocomix.distributed.checkpoint import latest_checkpoint, read_trainer_state
-from cocomix.teacher.supervision import cached_precision
+from cocomix.teacher.supervision import cached_precision, wanted_kinds
 
 # Settings that a resumed run may change, with all below them. The first group leaves the trajectory alone (up to
 # rounding, where the work is split otherwise); the second one steers it on purpose.
@@ -87,7 +87,8 @@ def precision_begun_with(config: Config) -> dict[str, str]:
     """What the caches and the newest checkpoint of the config's run say of its precisions, by the settings' names."""
     checkpoint = latest_checkpoint(config.train.run)
     stored = {} if checkpoint is None else read_trainer_state(checkpoint)["identity"]
-    return cached_precision(config) | {name: stored[name] for name in PRECISION_SETTINGS if name in stored}
+    of_run = {name: stored[name] for name in (STUDENT, TEACHER) if name in stored}
+    return cached_precision(config, wanted_kinds(config)) | of_run
 
 
 def require_same_run(stored: dict, now: dict, checkpoint) -> list[str]:

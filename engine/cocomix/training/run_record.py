@@ -8,6 +8,7 @@ from typing import Any
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import read_json, write_json
 from cocomix.core.methods import MIXING
+from cocomix.core.records import Count, Positive, as_record
 
 FILE_NAME = "run.json"
 _RENAMED = {"mode": "method", "labels": "concept_labels"}  # keys of version 0.1 and what they are called now
@@ -18,10 +19,10 @@ class DataRecord:
     """What a run trains on: numbers of token ids and of tokens, and the perplexity of a unigram model of the training
     split on the validation split."""
 
-    vocab_size: int
-    train_tokens: int
-    val_tokens: int
-    val_unigram_perplexity: float
+    vocab_size: Count
+    train_tokens: Count
+    val_tokens: Count
+    val_unigram_perplexity: Positive
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,12 @@ class RunRecord:
     concept_labels: str | None
     soft_targets: str | None
     device: str
-    world_size: int
-    parameters: int
-    tokens_per_step: int
-    total_steps: int
-    seq_len: int
-    flops_per_token: float | None
+    world_size: Count
+    parameters: Count
+    tokens_per_step: Count
+    total_steps: Count
+    seq_len: Count
+    flops_per_token: Positive | None
     versions: dict[str, str]
     config: dict[str, Any]
     data: DataRecord
@@ -64,33 +65,8 @@ class RunRecord:
         """
         path = run / FILE_NAME
         stored = {_RENAMED.get(key, key): value for key, value in read_json(path, "the run's description").items()}
-        later: dict[str, Any] = {"soft_targets": None, "flops_per_token": None}  # which came with later versions
-        values = later | stored
-        _check(values, path)
-        data = DataRecord(**{key: values["data"][key] for key in _keys(DataRecord)})
-        return cls(**{key: values[key] for key in _keys(cls) if key != "data"}, data=data)
-
-
-def _keys(record: type) -> list[str]:
-    return [field.name for field in dataclasses.fields(record)]
-
-
-def _check(values: dict[str, Any], path: Path) -> None:
-    """Raise `CocomixError`, naming a key, unless `values` are those of a record."""
-    missing = [key for key in _keys(RunRecord) if key not in values]
-    if isinstance(values.get("data"), dict):
-        missing += [f"data.{key}" for key in _keys(DataRecord) if key not in values["data"]]
-    if missing:
-        raise CocomixError(f"{path} lacks {', '.join(missing)}: was it written by another version of cocomix?")
-    for key in ("versions", "config", "data"):
-        if not isinstance(values[key], dict):
-            raise CocomixError(f"{path}: {key} must be a JSON object, not {values[key]!r}")
-    if values["method"] not in MIXING:
-        raise CocomixError(f"{path}: method is {values['method']!r}; it must be one of {', '.join(MIXING)}")
-    numbers = {key: values[key] for key in ("world_size", "parameters", "tokens_per_step", "total_steps", "seq_len")}
-    numbers |= {f"data.{key}": values["data"][key] for key in _keys(DataRecord)}
-    if values["flops_per_token"] is not None:
-        numbers["flops_per_token"] = values["flops_per_token"]
-    for key, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise CocomixError(f"{path}: {key} must be a positive number, not {value!r}")
+        later = {"soft_targets": None, "flops_per_token": None}  # which came with later versions
+        record = as_record(cls, later | stored, path)
+        if record.method not in MIXING:
+            raise CocomixError(f"{path}: method is {record.method!r}; it must be one of {', '.join(MIXING)}")
+        return record

@@ -5,7 +5,7 @@ from typing import cast
 
 from cocomix.core.config import Config
 from cocomix.core.errors import CocomixError
-from cocomix.core.precision import say_precision, settled
+from cocomix.core.precision import STUDENT, TEACHER, settled
 from cocomix.data.token_files import TokenFiles
 from cocomix.distributed.checkpoint import latest_checkpoint, load_checkpoint, read_trainer_state
 from cocomix.distributed.export import export_checkpoint
@@ -61,7 +61,7 @@ class Trainer:
     """One training run: what it is made of, and the loop over it."""
 
     def __init__(self, config: Config, ranks: Ranks, memory_warning: MemoryWarning | None = None):
-        config, notes = settled(config, ranks.device.type, precision_begun_with(config))
+        config, notes = settled(config, ranks.device.type, precision_begun_with)
         self.config, self.ranks, self.run = config, ranks, Path(config.train.run)
         tokens = TokenFiles.open(config.data.folder)
         self.train_split = tokens.split("train")
@@ -71,7 +71,9 @@ class Trainer:
         self.identity = identity(config, self.train_split.fingerprint, self.supervision.fingerprints())
         require_agreement(ranks, self.identity | {"the code": code_fingerprint()})
         if ranks.is_first:
-            say_precision(notes, has_teacher=bool(self.supervision.teachers))
+            for name in (STUDENT, TEACHER) if self.supervision.teachers else (STUDENT,):
+                if name in notes:
+                    print(notes[name])
         warn_of_memory(memory_warning, config, tokens.vocab_size, ranks)
         model = build_student(config, tokens.vocab_size, tokens.eot_id)
         n_parameters = sum(parameter.numel() for parameter in model.parameters())  # at stage 3 they become empty

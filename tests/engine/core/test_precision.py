@@ -5,7 +5,7 @@ import torch
 
 from cocomix.core.config import Config, TrainConfig, load_config
 from cocomix.core.errors import CocomixError
-from cocomix.core.precision import fastest, say_precision, settled
+from cocomix.core.precision import fastest, settled
 
 
 def auto() -> Config:
@@ -26,7 +26,7 @@ def auto() -> Config:
 def test_a_cpu_takes_what_it_multiplies_in_hardware(monkeypatch, capabilities, expected, why):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert fastest("cpu")[0] == expected and why in fastest("cpu")[1]
-    config, notes = settled(auto(), "cpu", {})
+    config, notes = settled(auto(), "cpu")
     assert (config.train.precision, config.teacher.dtype) == (expected, expected)
     assert all(note.startswith(f"{name}=auto: {expected}, since") for name, note in notes.items())
 
@@ -46,7 +46,7 @@ def test_a_gpu_takes_bf16():
 @pytest.mark.parametrize("began", ["fp32", "bf16"])
 def test_what_is_continued_keeps_what_it_began_with(monkeypatch, began):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": began == "fp32"})
-    config, notes = settled(auto(), "cpu", {"train.precision": began, "teacher.dtype": began})
+    config, notes = settled(auto(), "cpu", lambda _: {"train.precision": began, "teacher.dtype": began})
     assert (config.train.precision, config.teacher.dtype) == (began, began)
     assert "began with it" in notes["train.precision"] and "began with it" in notes["teacher.dtype"]
 
@@ -55,20 +55,16 @@ def test_stage_0_computes_in_fp32(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     config = auto()
     config.train.zero_stage = 0
-    found, notes = settled(config, "cpu", {})
+    found, notes = settled(config, "cpu")
     assert (found.train.precision, found.teacher.dtype) == ("fp32", "bf16") and "stage 0" in notes["train.precision"]
 
 
-def test_what_is_named_stays():
+def test_what_is_named_stays_and_nothing_is_asked_for_it():
+    def never(_):
+        raise AssertionError("nothing is auto")
+
     config = Config(train=TrainConfig(precision="bf16"))
-    assert settled(config, "cpu", {"train.precision": "fp32"}) == (config, {})
-
-
-def test_only_what_computes_is_said(capsys):
-    notes = {"train.precision": "a", "teacher.dtype": "b"}
-    say_precision(notes, has_teacher=False)
-    say_precision(notes, has_teacher=True, trains=False)
-    assert capsys.readouterr().out == "a\nb\n"
+    assert settled(config, "cpu", never) == (config, {})
 
 
 def test_only_known_precisions_are_taken(tmp_path):

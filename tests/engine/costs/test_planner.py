@@ -311,6 +311,7 @@ def test_distillation_takes_memory_for_the_whole_distribution_or_the_head():
         ("distillation", ONLINE, TeacherShape(768, 12, 0, 50257, 0, labels_by=None, soft_targets=True)),
         ("activation", ONLINE, TeacherShape(768, 12, 5, 50257, 32768, labels_by="activation")),
         ("predict", ONLINE, TeacherShape(768, 12, 5, 50257, 32768)),
+        ("residual", ONLINE, TeacherShape(768, 12, 5, 50257, 32768)),
         ("predict", (*ONLINE, "distillation.weight=1"), TeacherShape(768, 12, 5, 50257, 32768, soft_targets=True)),
         ("predict", ("distillation.weight=1",), TeacherShape(768, 12, 0, 50257, 0, labels_by=None, soft_targets=True)),
     ],
@@ -320,7 +321,8 @@ def test_other_methods_have_the_teacher_that_they_need(method, overrides, teache
     assert job.teacher == teacher
     text = describe(make_plan(job, 8))
     what = {"pause": "", "distillation": "soft targets"}.get(method, "labels")
-    assert f"mixing {job.shape.mixing}{', ' * bool(what)}" in text and what in text
+    shown = f"mixing {job.shape.mixing}{', residual' if method == 'residual' else ''}"
+    assert f"{shown}, " in text and what in text
 
 
 def test_what_picks_labels_or_gives_soft_targets_costs_what_it_computes():

@@ -400,6 +400,12 @@ def test_methods_have_titles_and_what_they_cannot_have_is_refused(config_file):
         text = profile_text.describe_profile(profiler.results(profile))
         assert "mixing none, distillation and top-32 soft targets, fp32" in text and "with concepts" not in text
         assert "the break-even saving." in text and "the paper reports" not in text
+    with profiled(config_file, "model.concept_residual=true", labels=(CACHED,)) as profile:
+        assert [method.title for method in profile.methods.values()] == ["NTP", "CoCoMix with residual, cached labels"]
+        profile.measure()
+        found = profiler.results(profile)
+        assert found.settings.method == "CoCoMix with residual" and found.student.concept_residual
+        assert found.paper_saving is None  # the paper measured its own form
     for overrides, options, message in (
         (["model.mixing=pause"], {"labels": (CACHED,)}, "the method .pause tokens. learns from no teacher: leave out"),
         ([*distilled, "distillation.top_k=null"], {"labels": (CACHED,)}, "whole distributions are never cached"),
@@ -411,6 +417,11 @@ def test_methods_have_titles_and_what_they_cannot_have_is_refused(config_file):
             "knows no competitors; run benchmarks",
         ),
         (["model.mixing=predict"], {"against": ("public",)}, "--against public needs model.mixing=interleave or add"),
+        (
+            ["model.concept_residual=true"],
+            {"against": ("public",)},
+            "public needs .*without concept_residual",
+        ),
         (["teacher.labels_by=activation"], {"against": ("public",)}, "--against public needs .*by attribution"),
         (["train.zero_stage=3"], {"against": ("transformers",)}, "needs train.zero_stage 0, 1 or 2"),
     ):

@@ -290,11 +290,11 @@ def test_a_run_without_evaluation_is_refused(tmp_path):
     "change, reason",
     [
         ({"method": "blend"}, "method is 'blend'"),
-        ({"method": []}, "method is []"),
-        ({"parameters": "many"}, "parameters must be a positive"),
-        ({"tokens_per_step": 0}, "tokens_per_step must be a positive"),
-        ({"config": None}, "config must be a JSON object"),
-        ({"data": {"vocab_size": 1}}, "lacks data.train_tokens, data.val_tokens, data.val_unigram_perplexity"),
+        ({"method": []}, "Expected `str`, got `array` - at `$.method`"),
+        ({"parameters": "many"}, "Expected `int`, got `str` - at `$.parameters`"),
+        ({"tokens_per_step": 0}, "Expected `int` >= 1 - at `$.tokens_per_step`"),
+        ({"config": None}, "Expected `object`, got `null` - at `$.config`"),
+        ({"data": {"vocab_size": 1}}, "missing required field `train_tokens` - at `$.data`"),
     ],
 )
 def test_a_description_with_wrong_values_is_refused(tmp_path, change, reason):
@@ -307,7 +307,7 @@ def test_a_description_that_lacks_a_key_is_refused(tmp_path):
     info = json.loads((folder / "run.json").read_text())
     del info["seq_len"]
     (folder / "run.json").write_text(json.dumps(info))
-    with pytest.raises(CocomixError, match="lacks seq_len"):
+    with pytest.raises(CocomixError, match="missing required field `seq_len`"):
         load_run(folder)
 
 

@@ -288,7 +288,7 @@ def test_a_window_beyond_the_teachers_context_is_refused():
 # --- loading
 
 
-def test_a_teacher_is_loaded_as_its_config_says(tmp_path):
+def test_a_teacher_is_loaded_as_its_config_says(tmp_path, monkeypatch):
     model, sae, ids = language_model(), autoencoder(), windows()
     model.save_pretrained(tmp_path / "model")
     sae.save(tmp_path / "sae")
@@ -300,6 +300,10 @@ def test_a_teacher_is_loaded_as_its_config_says(tmp_path):
     assert lower.model.dtype == lower.sae.W_enc.dtype == torch.bfloat16
     assert lower.labels(ids).shape == (3, 10, 3)
     assert lower.fingerprints()["dtype"] != teacher.fingerprints()["dtype"]
+    for capabilities, dtype in (({"amx_bf16": True}, torch.bfloat16), ({}, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        config.dtype = "auto"
+        assert ConceptTeacher.from_config(config, torch.device("cpu")).model.dtype == dtype
 
 
 @pytest.mark.parametrize("missing", ["model", "sae"])

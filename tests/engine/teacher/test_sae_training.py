@@ -375,6 +375,21 @@ def test_an_interrupted_run_leaves_no_sae_and_goes_on_bit_for_bit(config, tmp_pa
         assert (tmp_path / "sae" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_a_precision_of_the_machines_choice_stays_with_the_sae(config, tmp_path, monkeypatch, capsys):
+    auto = replace(config, teacher=replace(config.teacher, dtype="auto"))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 13)
+        with pytest.raises(KeyboardInterrupt):
+            run(auto)
+    assert "teacher.dtype=auto: fp32, since this processor does not" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    metrics = run(auto)
+    out = capsys.readouterr().out
+    assert "teacher.dtype=auto: fp32, since what is continued began with it" in out and "going on from" in out
+    assert run(auto) == metrics  # the finished one is recognised
+
+
 def test_a_partial_state_of_other_settings_is_not_used(config, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patched:
         interrupt_at(patched, 5)

@@ -239,6 +239,24 @@ def test_a_distilled_run_goes_on_bit_for_bit(world, monkeypatch):
     assert_equal_runs(world, "soft-whole", "soft-resumed")
 
 
+def test_a_residual_run_goes_on_bit_for_bit_and_is_used_like_any_other(world, monkeypatch, capsys):
+    residual = ["model.concept_residual=true", labels(world)]
+    assert world.train("residual-whole", *residual) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        assert world.train("residual-resumed", *residual) == EXIT_RESUME
+    assert world.train("residual-resumed", labels(world), resume=True) == 2
+    assert "model.concept_residual was True and is False" in capsys.readouterr().err
+    assert world.train("residual-resumed", *residual, resume=True) == 0
+    assert_equal_runs(world, "residual-whole", "residual-resumed")
+    run, out = world.folder / "residual-whole", world.folder / "residual-exported"
+    assert main(["export", str(run), str(out)]) == 0
+    assert AutoModelForCausalLM.from_pretrained(out).config.concept_residual
+    assert main(["eval", str(out), "--data", str(world.folder / "data")]) == 0
+    assert main(["generate", str(run), "--prompt", "the cat", "--max-new-tokens", "4", "--steer", "3=2.0"]) == 0
+    assert main(["concepts", str(run), "--text", "the cat", "--out", str(out / "concepts.html")]) == 0
+
+
 def test_another_weight_is_another_run(world, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         stop_at(patch, 2)

@@ -105,6 +105,21 @@ def test_online_labels_follow_the_precision_of_a_cache(world, monkeypatch, capsy
     assert LabelCache.open(world.folder / "fresh-labels").fingerprints["dtype"] == "bfloat16"
 
 
+def test_a_student_without_labels_does_not_look_at_their_cache(world, tmp_path):
+    (tmp_path / "meta.json").write_text("damaged")
+    cache = f"concept_labels.cache={tmp_path}"
+    for number, precision in enumerate(("fp32", "auto")):
+        overrides = [cache, "model.mixing=none", f"train.precision={precision}", f"teacher.dtype={precision}"]
+        assert world.train(f"without-labels-{number}", *overrides, f"train.tokens={8 * SEQ_LEN}") == 0
+
+
+def test_labels_for_others_follow_the_precision_of_their_cache(world, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    cache = f"concept_labels.cache={world.folder}/labels"  # in fp32
+    assert main(["labels", str(world.config), cache, "teacher.dtype=auto", "model.mixing=none"]) == 0
+    assert "teacher.dtype=auto: fp32, since what is continued began with it" in capsys.readouterr().out
+
+
 def test_metrics_hold_what_the_report_reads(world):
     assert world.train("schema", *uneven(world)) == 0
     run = load_run(world.folder / "schema")
