@@ -162,9 +162,10 @@ TESTED_IN = {
     "cocomix_kernels.attribution.op": "kernels/attribution/test_attribution.py",
     "cocomix_kernels.attribution.triton_kernel": "kernels/attribution/test_triton_attribution.py",
     "cocomix_kernels.common.checks": "kernels/common/test_dispatch.py kernels/concept_head/test_concept_head.py",
+    "cocomix_kernels.lm_loss.head_losses": "kernels/lm_loss/test_linear_cross_entropy.py "
+    "kernels/lm_loss/test_linear_distillation.py",
     "cocomix_kernels.common.chunking": "kernels/concept_head/test_concept_head.py engine/costs/test_planner.py",
     "cocomix_kernels.common.launch": "kernels/common/test_compile.py",
-    "cocomix_kernels.common.products": "kernels/concept_head/test_concept_head.py",
     "cocomix_kernels.common.recording": "kernels/common/test_compile.py kernels/common/test_dispatch.py",
     "cocomix_kernels.concept_head.eager": "kernels/concept_head/test_concept_head.py",
     "cocomix_kernels.concept_head.op": "kernels/concept_head/test_concept_head.py",

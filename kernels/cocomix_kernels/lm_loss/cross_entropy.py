@@ -1,31 +1,14 @@
-"""Loss of the language-model head without [N, V] logits: a choice among libraries."""
+"""Loss of the language-model head without [N, V] logits: Liger-Kernel's on a GPU, else ours."""
 
-# Liger-Kernel, torch's checkpoint and Tensor.split have no types.
+# Liger-Kernel has no types.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from cocomix_kernels.common.checks import check_device, check_integers, check_range, check_same, check_shapes
-from cocomix_kernels.common.chunking import accumulation_dtype, chunk_rows
 from cocomix_kernels.common.dispatch import choose_backend
-
-_CPU_ROWS = 128  # as fast as 256 at V = 50257, d = 512; PyTorch's own choice takes three times as long
-
-
-def _pytorch(x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """PyTorch 2.13 and later. It sums the chunks' losses and gradients in the inputs' dtype, hence the casts."""
-    x, weight = (t.to(accumulation_dtype(t.dtype)) for t in (x, weight))
-    rows = _CPU_ROWS if x.device.type == "cpu" else chunk_rows(len(x), 4 * weight.shape[0], x.device)
-    options = torch.nn.LinearCrossEntropyOptions(
-        batch_chunk_size=min(rows, max(len(x), 1)),
-        chunking_method=None,
-        acc_policy="accurate",
-        allow_retain_graph=True,
-    )
-    return F.linear_cross_entropy(x, weight, labels, ignore_index=ignore_index, options=options)
+from cocomix_kernels.lm_loss.head_losses import lm_head_losses
 
 
 def _liger(x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
@@ -35,31 +18,13 @@ def _liger(x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tens
     return loss
 
 
-def _recomputed(x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """Chunks whose logits are computed again in the backward pass: a fourth product, but no library needed."""
-    total = torch.zeros((), dtype=accumulation_dtype(x.dtype), device=x.device)
-    wide_weight = weight.to(total.dtype)  # so that the chunks' gradients add up in this dtype
-
-    def chunk_loss(part: Tensor, part_labels: Tensor) -> Tensor:
-        logits = (part @ wide_weight.to(part.dtype).t()).to(total.dtype)
-        return F.cross_entropy(logits, part_labels, ignore_index=ignore_index, reduction="sum")
-
-    rows = chunk_rows(len(x), 8 * weight.shape[0], x.device)
-    for part, part_labels in zip(x.split(rows), labels.split(rows), strict=True):
-        total = total + checkpoint(chunk_loss, part, part_labels, use_reentrant=False)
-    return total / (labels != ignore_index).sum()
-
-
 def _torch_backend(x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    in_full_precision = x.device.type == "cpu" or x.dtype == accumulation_dtype(x.dtype)
-    if hasattr(F, "linear_cross_entropy") and in_full_precision:  # a CPU multiplies in float32 in any case
-        return _pytorch(x, weight, labels, ignore_index)
-    if x.device.type == "cuda":
+    if x.dtype in (torch.bfloat16, torch.float16) and x.is_cuda:
         try:
             return _liger(x, weight, labels, ignore_index)
         except ImportError:
             pass
-    return _recomputed(x, weight, labels, ignore_index)
+    return lm_head_losses(x, weight, labels, ignore_index)[0]
 
 
 def linear_cross_entropy(

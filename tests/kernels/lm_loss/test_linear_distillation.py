@@ -174,7 +174,8 @@ def test_the_teacher_has_a_dtype_of_its_own(student, dtype):
     loss, ntp_loss, kl, dx, dw = compare(FullTargets, inputs, rtol=1e-2, atol=1e-2)
     assert loss.dtype == ntp_loss.dtype == kl.dtype == torch.float32 and dx.dtype == dw.dtype == student
     exact = operation(FullTargets, function=reference.linear_distillation)(*cast(inputs, torch.float64))
-    assert kl == pytest.approx(exact.kl.item(), rel=1e-5)  # a CPU's products are in float32
+    rounding = 1e-5 if student == torch.float32 else 1e-2  # a CPU's products round the student's logits to its dtype
+    assert kl == pytest.approx(exact.kl.item(), rel=rounding)
 
 
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int16, torch.uint8])
@@ -398,11 +399,11 @@ def test_the_operators_pass_pytorchs_own_checks(kind):
     x, weight, labels, *targets = layer(kind, 7, 3, 5, j=2)
     full = kind is FullTargets
     torch.library.opcheck(
-        torch.ops.cocomix.linear_distillation.default,
+        torch.ops.cocomix.lm_head_losses.default,
         (x.requires_grad_(), weight.requires_grad_(), labels, IGNORED, *targets, full, 0.7, True, True),
     )
     torch.library.opcheck(
-        torch.ops.cocomix.linear_distillation_backward.default,
+        torch.ops.cocomix.lm_head_losses_backward.default,
         (GRAD, torch.tensor(0.2).double(), x.detach(), weight.detach()),
     )
 
