@@ -1,15 +1,12 @@
 """PyTorch's flop counter, taught what it does not know or counts as if attention were not causal.
 
-It does not look inside custom operations. Our LM head's loss is replaced by a plain product: which library fuses it
-depends on PyTorch's version, and the counter sees into none of them.
+It does not look inside custom operations.
 """
 
 import contextlib
 import math
-from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import cocomix_kernels  # noqa: F401  registers the operations
@@ -41,9 +38,7 @@ def topk_linear_flops(x, weight, *_, **__):
     return 2 * math.prod(x) * weight[0]
 
 
-def linear_distillation_flops(
-    x, weight, _labels, _ignored, hidden, _second, full, _weight, dx_wanted, dw_wanted, *_, **__
-):
+def lm_head_losses_flops(x, weight, _labels, _ignored, hidden, _second, full, _weight, dx_wanted, dw_wanted, *_, **__):
     """Logits, at once the loss's dx and dW, and the teacher's logits where its whole distribution is asked for."""
     products = math.prod(x) * (1 + dx_wanted + dw_wanted) + (math.prod(hidden) if full else 0)
     return 2 * products * weight[0]
@@ -54,14 +49,9 @@ FORMULAS = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
     torch.ops.cocomix.concept_head: concept_head_flops,
     torch.ops.cocomix.concept_head_backward: concept_head_backward_flops,
-    torch.ops.cocomix.linear_distillation: linear_distillation_flops,
+    torch.ops.cocomix.lm_head_losses: lm_head_losses_flops,
     torch.ops.cocomix.topk_linear: topk_linear_flops,
 }
-
-
-def plain_loss(x, weight, labels):
-    """The LM head's loss by a product that the counter sees."""
-    return F.cross_entropy(x @ weight.t(), labels)
 
 
 class _NoModules(contextlib.nullcontext):
@@ -74,10 +64,6 @@ def count_flops(function) -> tuple[int, set[str]]:
     """Floating-point operations of a call, and the operations that they were counted in."""
     counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
     counter.mod_tracker = _NoModules()
-    with (
-        mock.patch("cocomix.model.model.linear_cross_entropy", plain_loss),
-        mock.patch("cocomix.teacher.concept_teacher.linear_cross_entropy", plain_loss),
-        counter,
-    ):
+    with counter:
         function()
     return counter.get_total_flops(), {str(op) for ops in counter.get_flop_counts().values() for op in ops}

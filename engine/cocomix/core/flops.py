@@ -103,8 +103,3 @@ def parameter_sizes(shape: StudentShape) -> list[int]:
 def parameter_count(shape: StudentShape) -> int:
     """Weights of the student."""
     return sum(parameter_sizes(shape))
-
-
-def ideal_ratio(shape: StudentShape, teacher: TeacherShape | None = None) -> float:
-    """Arithmetic of the shape's step over that of a next-token step, forward and backward; with a teacher, online."""
-    return training_flops(shape, teacher) / training_flops(dataclasses.replace(shape, mixing="none"))

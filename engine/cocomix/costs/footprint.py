@@ -18,7 +18,6 @@ from cocomix.core.methods import doubles_sequence, mixes_concepts, predicts_conc
 from cocomix.core.shapes import StudentShape, TeacherShape
 
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 500 * 2**20}  # of concept logits that exist at once
-_LM_HEAD_ROWS_ON_CPU = 128
 _LM_HEAD_BYTES = 384 * 2**20  # of vocabulary logits that exist at once on a GPU, in fp32
 _TILE_ROWS = 128
 _TEACHER_WINDOWS = {"cpu": 1, "cuda": 8}  # in one label pass
@@ -171,7 +170,8 @@ def _moments(shape, n_head, setup):
     concepts = shape.concept_dim * d if predicted else 0
     vocabulary = shape.vocab_size * d
     wide = cpu or not setup.bf16 or setup.soft_targets is not None
-    held = (WIDE if wide else b) * vocabulary  # the head's gradient, made in the forward pass
+    made = (WIDE if wide else b) * vocabulary  # the head's gradient, made in the forward pass
+    held = 0 if _takes_own_loss(setup) else made  # of it, in the blocks' backward pass
     growth = {0: b, 1: b, 2: 0, 3: 0}[setup.stage] * (setup.rounds == 1)  # bytes of gradient a weight, while it grows
     bucket = b * setup.bucket if setup.stage == 2 else 0
     common = {"gathered": _gathered(shape, setup), "gradients": _gradients_between(shape, setup)}
@@ -187,7 +187,7 @@ def _moments(shape, n_head, setup):
         return parts | {part: parts.get(part, 0) + extra}
 
     length = shape.n_layer
-    moments = {"LM head": at("LM head", _lm_head_work(shape, setup, act.tokens, held), length, predicted, 0, lm_held=0)}
+    moments = {"LM head": at("LM head", _lm_head_work(shape, setup, act.tokens, made), length, predicted, 0, lm_held=0)}
     grown = vocabulary
     for layer in reversed(range(length)):
         again = act.blocks[layer] - act.inputs[layer] if setup.checkpointing else 0
@@ -210,18 +210,21 @@ def _moments(shape, n_head, setup):
 
 def _lm_head_work(shape, setup, tokens, product):
     """What the head's loss takes at most: a chunk of logits, which turn into their gradient, and the head's gradient
-    (`product` bytes) beside the chunk's share of it."""
-    cpu = setup.device == "cpu"
-    if setup.soft_targets is not None:
-        return product + _distillation_work(shape, setup, tokens)
-    rows = _LM_HEAD_ROWS_ON_CPU if cpu else _LM_HEAD_BYTES // (WIDE * shape.vocab_size)
-    cast = WIDE * shape.vocab_size * shape.n_embd if cpu and setup.bf16 else 0  # a CPU multiplies in fp32
-    return min(rows, tokens) * shape.vocab_size * WIDE + 2 * product + cast
+    (`product` bytes); with Liger's kernel on a GPU beside the chunk's share of it."""
+    if _takes_own_loss(setup):
+        return product + _own_loss_work(shape, setup, tokens)
+    rows = _LM_HEAD_BYTES // (WIDE * shape.vocab_size)
+    return min(rows, tokens) * shape.vocab_size * WIDE + 2 * product
 
 
-def _distillation_work(shape, setup, tokens):
-    """What the head's loss with soft targets takes beside its gradient: in the forward pass a chunk of logits, three
-    times for whole distributions; in the backward pass that gradient, scaled, and as the weights have it."""
+def _takes_own_loss(setup):
+    return setup.device == "cpu" or setup.soft_targets is not None
+
+
+def _own_loss_work(shape, setup, tokens):
+    """What our loss takes beside the head's gradient: in the forward pass a chunk of logits, three times for whole
+    distributions, and their gradient in bf16; in the backward pass the head's gradient, scaled, as the weights have
+    it."""
     cpu, weights = setup.device == "cpu", shape.vocab_size * shape.n_embd
     row = WIDE * shape.vocab_size
     most = (CHUNK_BYTES["cpu"] if cpu else _LM_HEAD_BYTES) // row
@@ -229,11 +232,12 @@ def _distillation_work(shape, setup, tokens):
         most = most // _TILE_ROWS * _TILE_ROWS or most
         most = math.ceil(tokens / math.ceil(tokens / most) / _TILE_ROWS) * _TILE_ROWS
     chunk = min(most, tokens) * row
-    if cpu and setup.soft_targets == "whole":
-        chunk *= 3
-    if cpu and setup.bf16:
-        chunk += WIDE * weights  # a CPU multiplies in fp32
-    return max(chunk, (WIDE + setup.weight_bytes * setup.bf16) * weights)
+    whole = cpu and setup.soft_targets == "whole"
+    buffers = chunk * (3 if whole else 1) + (chunk * setup.weight_bytes / WIDE if setup.bf16 else 0)
+    if whole and setup.bf16:
+        buffers += WIDE * weights  # a CPU multiplies the teacher's side in fp32
+    scaled = setup.weight_bytes if cpu else WIDE + setup.weight_bytes * setup.bf16
+    return max(buffers, scaled * weights)
 
 
 def _concept_chunk(shape, setup, tokens):

@@ -56,6 +56,7 @@ class Settings:
     teacher: str | None
     rounds: int
     steps: int
+    teacher_precision: str | None = None  # earlier versions did not say it
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,14 @@ class MethodResults:
     `title` is for people; `of` names the method that a competitor competes with. A step, `step_s` seconds, has the
     accumulation's micro batches of `windows` windows a rank and an optimizer step, which takes `update_s` of it.
     `tokens_per_s` is over all ranks, in training; `flops_per_token` and `mfu` are of one rank: what the method needs,
-    and that over time and the product's rate. `peak_memory_gib` holds the tensors alive at once on one rank, weights,
-    optimizer, activations and the teacher.
+    and the time that this takes at the products' rates over the time measured. `peak_memory_gib` holds the tensors
+    alive at once on one rank, weights, optimizer, activations and the teacher.
 
-    `ratio` is its time per token over NTP's in the same round (None for NTP); `ideal_ratio`, `efficiency` and
-    `break_even_saving` follow from it (None for NTP and its competitors); `slower` is a competitor's time per token
-    over that of the method it competes with. `parts`, in the order of `step_parts.PARTS`, add up to `parts_s`, the
-    seconds of a step with marks; `parts_over_step` is that over the step without. None where they were not measured.
+    `ratio` is its time per token over NTP's in the same round (None for NTP); `ideal_ratio`, of the arithmetic at the
+    products' rates, `efficiency` and `break_even_saving` follow from it (None for NTP and its competitors); `slower` is
+    a competitor's time per token over that of the method it competes with. `parts`, in the order of `step_parts.PARTS`,
+    add up to `parts_s`, the seconds of a step with marks; `parts_over_step` is that over the step without. None where
+    they were not measured.
     """
 
     title: str
@@ -106,9 +108,9 @@ class ProfileResults:
     """A whole profile.
 
     `machine` is `cocomix.core.machine.describe`'s: device, versions and commit. `product_flops_per_s` is the rate of a
-    large square product in the training precision. `paper_saving` is the share of training tokens that the paper
-    reports saved by this method, None where it reports none. `methods` are by name: "ntp", "cached", "online",
-    "alone", and those of competitors.
+    large square product in the training precision, `teacher_product_flops_per_s` in that of a teacher that works in the
+    step. `paper_saving` is the share of training tokens that the paper reports saved by this method, None where it
+    reports none. `methods` are by name: "ntp", "cached", "online", "alone", and those of competitors.
     """
 
     machine: dict[str, Any]
@@ -119,6 +121,7 @@ class ProfileResults:
     product_flops_per_s: Spread
     paper_saving: float | None
     methods: dict[str, MethodResults]
+    teacher_product_flops_per_s: Spread | None = None
 
     def as_json(self) -> dict[str, Any]:
         """JSON values by key."""

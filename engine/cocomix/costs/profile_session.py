@@ -14,13 +14,14 @@ from torch import nn
 
 from cocomix.core.config import Config
 from cocomix.core.errors import CocomixError
-from cocomix.core.flops import ideal_ratio, training_flops
+from cocomix.core.flops import training_flops
 from cocomix.core.machine import ProductRate, give_memory_back, is_out_of_memory, kept_bytes, peak_bytes, synchronize
 from cocomix.core.methods import CONCEPT_LABELS, SOFT_TARGETS, method_title, mixes_concepts
 from cocomix.core.shapes import student_shape
 from cocomix.costs.profile_inputs import baseline, build_teachers, open_tokens, random_caches
 from cocomix.costs.step_parts import OPTIMIZER, Timeline, marked, marked_updates
 from cocomix.distributed.ranks import Ranks
+from cocomix.teacher.language_model import DTYPES
 from cocomix.teacher.supervision import Supervision, learns_from, teacher_shape, wanted_kinds
 from cocomix.training.deepspeed_engine import build_engine
 from cocomix.training.train_step import TrainStep, build_student, training_batches
@@ -28,7 +29,6 @@ from cocomix.training.train_step import TrainStep, build_student, training_batch
 NTP, CACHED, ONLINE = "ntp", "cached", "online"  # the baseline, and the student by where its labels come from
 ALONE = "alone"  # a student that needs nothing but tokens
 PUBLIC, TRANSFORMERS = "public", "transformers"  # what --against takes
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _ENDLESS = 10**15  # training tokens: a profile ends when its rounds do
 _WARM_UP = {"cpu": 0, "cuda": 3}  # further steps, after the first and the one whose memory is taken
 _TRACED_STEPS = 2
@@ -81,7 +81,7 @@ class Method:
     batches: Iterator[dict]
     windows: int  # in a micro batch of one rank
     flops_per_token: int
-    ideal_ratio: float
+    teacher_flops_per_token: int  # of them, those of the teacher's work
     of: str | None = None  # the method that it competes with
     way: Callable = contextlib.nullcontext  # inside this context the engine computes as a competitor does
     has_parts: bool = True
@@ -118,8 +118,10 @@ class Profile:
         self.kinds = self._kinds()
         _check_against(options, config)
         self.teachers, self.teacher_bytes, self.methods = {}, 0, {}
-        self._product = ProductRate(ranks.device, _DTYPES[config.train.precision])  # now: later nothing may be free
-        self.rates: list[float] = []
+        dtypes = {config.train.precision, *([config.teacher.dtype] if ONLINE in self.kinds else [])}
+        # now: later nothing may be free
+        self._products = {dtype: ProductRate(ranks.device, DTYPES[dtype]) for dtype in sorted(dtypes)}
+        self.rates: dict[str, list[float]] = {dtype: [] for dtype in self._products}
         self._windows = windows or {}
         gc.collect()
         gc.freeze()  # what is there now need not be looked through each time that memory is counted
@@ -223,7 +225,7 @@ class Profile:
             batches,
             windows,
             training_flops(shape, of_teacher),
-            ideal_ratio(shape, of_teacher),
+            training_flops(shape, of_teacher) - training_flops(shape),
             **more,
         )
 
@@ -258,12 +260,13 @@ class Profile:
     # Measuring
 
     def measure(self) -> None:
-        """The rounds: the product's rate, all methods in turn as in training, and all methods in turn with marks.
+        """The rounds: the products' rates, all methods in turn as in training, and all methods in turn with marks.
 
         So each follows another method, plain and with marks alike. Every other round goes backwards.
         """
         for number in range(self.rounds):
-            self.rates.append(self._product.measure())
+            for dtype, product in self._products.items():
+                self.rates[dtype].append(product.measure())
             methods = list(self.methods.values())[:: -1 if number % 2 else 1]
             for method in methods:
                 self._time(method)

@@ -20,7 +20,15 @@ def describe_profile(found: ProfileResults) -> str:
 
 
 def _heading(found: ProfileResults) -> list[str]:
-    machine, settings, rate = found.machine, found.settings, found.product_flops_per_s
+    machine, settings = found.machine, found.settings
+    rates = {settings.precision: found.product_flops_per_s}
+    if settings.teacher_precision and found.teacher_product_flops_per_s:
+        rates[settings.teacher_precision] = found.teacher_product_flops_per_s
+    products = ", ".join(
+        f"a large {precision} product runs at {rate.median / 1e12:.3g} TFLOP/s "
+        f"({rate.p10 / 1e12:.3g}-{rate.p90 / 1e12:.3g})"
+        for precision, rate in rates.items()
+    )
     return [
         f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, commit {machine['commit']}",
         f"{_parameters(found)}; {', '.join(_how(settings))}",
@@ -29,8 +37,7 @@ def _heading(found: ProfileResults) -> list[str]:
         f"tokens/s, MFU and ratios: for training, where {_micro_batches(settings.training_accumulation)} share an "
         "optimizer step",
         f"{_count(settings.rounds, 'round')} of {_count(settings.steps, 'step')}; medians, 10th to 90th "
-        f"percentile; a large {settings.precision} product runs at {rate.median / 1e12:.3g} TFLOP/s "
-        f"({rate.p10 / 1e12:.3g}-{rate.p90 / 1e12:.3g})",
+        f"percentile; {products}",
     ]
 
 

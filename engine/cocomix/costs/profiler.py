@@ -89,7 +89,8 @@ def fitting_profile(config: Config, options: Options, ranks) -> Profile:
 
 def results(profile: Profile) -> ProfileResults:
     """What was measured."""
-    shape = profile.shape
+    shape, config = profile.shape, profile.config
+    of_teacher = Spread.of(profile.rates[config.teacher.dtype]) if profile.teachers else None
     return ProfileResults(
         machine=describe(profile.ranks.device),
         settings=_settings(profile),
@@ -98,7 +99,8 @@ def results(profile: Profile) -> ProfileResults:
         parameters=Parameters(
             ntp=parameter_count(dataclasses.replace(shape, mixing="none")), cocomix=parameter_count(shape)
         ),
-        product_flops_per_s=Spread.of(profile.rates),
+        product_flops_per_s=Spread.of(profile.rates[config.train.precision]),
+        teacher_product_flops_per_s=of_teacher,
         paper_saving=PAPER_SAVING if shape.mixing == "interleave" and not shape.concept_residual else None,
         methods={method.name: _figures(profile, method) for method in profile.methods.values()},
     )
@@ -123,6 +125,7 @@ def _settings(profile: Profile) -> Settings:
         learns_from=[kind.title(config) for kind in wanted_kinds(config)],
         tokens="random" if isinstance(profile.split, RandomTokens) else "files",
         teacher=teacher if profile.teachers else None,
+        teacher_precision=config.teacher.dtype if profile.teachers else None,
         rounds=profile.rounds,
         steps=profile.steps,
     )
@@ -133,6 +136,8 @@ def _figures(profile: Profile, method: Method) -> MethodResults:
     median = float(np.median(own))
     ratio = None if method.name == NTP else Spread.of(own / _training_seconds(profile, profile.methods[NTP]))
     mixed_ratio = None if method.of == NTP else ratio  # a competitor of NTP mixes nothing
+    floor = _floor_seconds(profile, method)
+    ideal = mixed_ratio and floor / _floor_seconds(profile, profile.methods[NTP])
     marked = _marked_steps(method)
     return MethodResults(
         title=method.title,
@@ -143,16 +148,24 @@ def _figures(profile: Profile, method: Method) -> MethodResults:
         tokens_per_s=profile.ranks.world / median,
         peak_memory_gib=method.peak_bytes / 2**30,
         flops_per_token=method.flops_per_token,
-        mfu=method.flops_per_token / median / float(np.median(profile.rates)),
+        mfu=floor / median,
         ratio=ratio,
-        ideal_ratio=mixed_ratio and method.ideal_ratio,
-        efficiency=mixed_ratio and method.ideal_ratio / mixed_ratio.median,
+        ideal_ratio=ideal,
+        efficiency=mixed_ratio and ideal and ideal / mixed_ratio.median,
         break_even_saving=mixed_ratio and 1 - 1 / mixed_ratio.median,
         slower=None if method.of is None else Spread.of(own / _training_seconds(profile, profile.methods[method.of])),
         parts=None if marked is None else _breakdown(marked),
         parts_s=None if marked is None else float(np.median(marked.sum(1))),
         parts_over_step=None if marked is None else Spread.of(marked.sum(1) / np.array(method.seconds)),
     )
+
+
+def _floor_seconds(profile: Profile, method: Method) -> float:
+    """Seconds per token that the method's arithmetic takes at the product rates of the student's and the teacher's
+    precision."""
+    config, teachers_part = profile.config, method.teacher_flops_per_token
+    own = (method.flops_per_token - teachers_part) / float(np.median(profile.rates[config.train.precision]))
+    return own + (teachers_part / float(np.median(profile.rates[config.teacher.dtype])) if teachers_part else 0.0)
 
 
 def _training_seconds(profile: Profile, method: Method) -> np.ndarray:

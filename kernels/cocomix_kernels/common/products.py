@@ -34,6 +34,16 @@ def write_product(out: Tensor, left: Tensor, right: Tensor) -> None:
             out[:, columns].copy_(left @ right[:, columns])
 
 
+def scaled(matrix: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """matrix * factor, a scalar, multiplied in the matrix's precision and rounded to `dtype`."""
+    if matrix.is_cuda or matrix.dtype == dtype:
+        return (matrix * factor).to(dtype)
+    out = torch.empty_like(matrix, dtype=dtype)
+    for rows in _blocks(*matrix.shape):
+        out[rows] = matrix[rows] * factor
+    return out
+
+
 def _blocks(n: int, width: int) -> Iterator[slice]:
     """Slices of n rows, or columns, that have `width` elements each."""
     step = max(1, _BLOCK_ELEMENTS // max(1, width))

@@ -34,6 +34,8 @@ class TorchSteps:
 
     def topk(self, logits: Tensor, k: int, values: Tensor, indices: Tensor) -> None:
         """Write the k largest of each row, in order, to values [R, k] and indices [R, k]."""
+        if not logits.is_cuda:
+            logits = logits.to(values.dtype)  # a CPU takes maxima of bfloat16 ten times as slowly
         top, indices[:] = stable_topk(logits, k)
         values[:] = top
 
@@ -42,17 +44,18 @@ class TorchSteps:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """`topk`, the weighted cross-entropy summed over the chunk, its gradient with respect to the logits and that
         gradient's column sums [C] (both None unless wanted). Overwrites logits where the dtype allows."""
-        self.topk(logits, k, values, indices)
+        wide = logits.to(values.dtype)  # for float32 logits this is the buffer itself
+        self.topk(wide, k, values, indices)
         top, labels = values[:, :1], targets.labels.long().clamp(min=0)
-        label_logits = logits.gather(1, labels).to(values.dtype)
-        p = logits.to(values.dtype).sub_(top).exp_()  # for float32 logits this is the buffer itself
+        label_logits = wide.gather(1, labels)
+        p = wide.sub_(top).exp_()
         total = p.sum(1, keepdim=True)
         losses = targets.label_weights * (top + total.log() - label_logits)
         loss = torch.where(targets.label_weights > 0, losses, 0).sum()
         if not gradient_wanted:
             return loss, None, None
         p.mul_(targets.token_weights[:, None] / total).scatter_add_(1, labels, -targets.label_weights)
-        return loss, p.to(logits.dtype), p.sum(0)
+        return loss, logits.copy_(p) if p.dtype != logits.dtype else p, p.sum(0)
 
     def linear_gradients(
         self,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cocomix_kernels.common.chunking import accumulation_dtype, row_chunks
-from cocomix_kernels.common.products import add_product_, write_product
+from cocomix_kernels.common.products import add_product_, scaled, write_product
 
 
 class _Rows(NamedTuple):
@@ -166,7 +166,7 @@ def _outputs(
 @torch.library.custom_op("cocomix::lm_head_losses_backward", mutates_args=())
 def _lm_head_losses_backward(grad_loss: Tensor, share: Tensor, dx: Tensor, dw: Tensor) -> tuple[Tensor, Tensor]:
     scale = grad_loss * share
-    return (dx.to(dw.dtype) * scale).to(dx.dtype), (dw * scale).to(dx.dtype)
+    return (dx.to(dw.dtype) * scale).to(dx.dtype), scaled(dw, scale, dx.dtype)
 
 
 @_lm_head_losses_backward.register_fake

@@ -9,7 +9,6 @@ from cocomix import CoCoMixConfig, CoCoMixForCausalLM, ConceptTeacher, SparseAut
 from cocomix.core.flops import (
     cocomix_forward,
     forward_parts,
-    ideal_ratio,
     labels_online,
     ntp_forward,
     parameter_count,
@@ -37,9 +36,10 @@ def paper(n_embd, n_layer, insert_layer):
         (paper(2048, 24, 5), 1.81, 1.87),
     ],
 )
-def test_ideal_ratios_of_the_papers_sizes(shape, cached, online):
-    assert ideal_ratio(shape) == pytest.approx(cached, abs=0.005)
-    assert ideal_ratio(shape, GPT2) == pytest.approx(online, abs=0.005)
+def test_arithmetic_over_next_token_predictions_at_the_papers_sizes(shape, cached, online):
+    ntp = 6 * ntp_forward(shape)
+    assert training_flops(shape) / ntp == pytest.approx(cached, abs=0.005)
+    assert training_flops(shape, GPT2) / ntp == pytest.approx(online, abs=0.005)
 
 
 def test_parts_add_up_and_a_plain_model_has_no_concepts():
@@ -101,10 +101,3 @@ def test_label_flops_are_those_that_pytorchs_counter_counts():
     counted, seen = count_flops(lambda: labelling.labels(torch.randint(512, (rows, length))))
     assert "cocomix.topk_linear" in seen
     assert rows * length * 2 * labels_online(teacher, length) == pytest.approx(counted, rel=0.02)
-
-
-@pytest.mark.parametrize("mixing", ["interleave", "add"])
-def test_the_ideal_ratio_is_that_of_the_shapes_own_mixing(mixing):
-    shape = StudentShape(**{**paper(512, 8, 3).__dict__, "mixing": mixing})
-    assert ideal_ratio(shape) == training_flops(shape) / (6 * ntp_forward(shape))
-    assert ideal_ratio(StudentShape(**{**shape.__dict__, "mixing": "none"})) == 1

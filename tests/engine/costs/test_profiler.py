@@ -92,7 +92,8 @@ def measured(profile, rounds=3, names=None) -> dict:
     """The figures of the methods in new rounds."""
     methods, profile.rounds = profile.methods, rounds
     profile.methods = {name: methods[name] for name in names or methods}
-    profile.rates.clear()
+    for rates in profile.rates.values():
+        rates.clear()
     for method in profile.methods.values():
         method.seconds.clear(), method.update_seconds.clear(), method.parts.clear()
     try:
@@ -354,11 +355,9 @@ def longer(config_file):
 
 
 def test_flops_are_those_that_pytorchs_counter_sees_in_a_step(longer):
-    ntp = longer.methods[NTP].flops_per_token
     for name, method in longer.methods.items():
         counted, seen = count_flops(method.step)
         assert method.flops_per_token * method.windows * 128 == pytest.approx(counted, rel=0.03), name
-        assert method.ideal_ratio == method.flops_per_token / ntp
         assert ("cocomix.topk_linear" in seen) == (name == ONLINE)
         assert ("cocomix.concept_head_backward" in seen) == (name != NTP)
 
@@ -552,15 +551,15 @@ def fake_profile(**methods):
             parts=[],
             peak_bytes=2**30,
             flops_per_token=2e6,
-            ideal_ratio=1.5,
+            teacher_flops_per_token=0,
         )
-    config = SimpleNamespace(train=SimpleNamespace(micro_batch=4))
+    config = SimpleNamespace(train=SimpleNamespace(micro_batch=4, precision="fp32"))
     return SimpleNamespace(
         methods=made,
         config=config,
         training_accumulation=5,
         options=Options(accumulation=2),
-        rates=[1e9, 2e9, 3e9],
+        rates={"fp32": [1e9, 2e9, 3e9]},
         shape=SimpleNamespace(seq_len=10),
         ranks=SimpleNamespace(world=2),
     )
@@ -572,15 +571,39 @@ def test_figures_are_for_a_training_step_of_the_measured_times():
         cached=([2.3, 2.1, 9.0], [0.3, 0.1, 0.1], 4, None),
         public=([3.0] * 3, [0.0] * 3, 1, "cached"),
     )
+    profile.methods["cached"].flops_per_token = 3e6
     ntp, cached, public = (profiler._figures(profile, method) for method in profile.methods.values())
     # 5 micro batches of 4 windows of 10 tokens and an update; measured were 2 of them and one
     assert ntp.tokens_per_s == pytest.approx(2 * 200 / (0.5 * 5 + 0.2))
     assert cached.ratio.median == pytest.approx((1.0 * 5 + 0.3) / (0.5 * 5 + 0.2))
     assert cached.efficiency == pytest.approx(1.5 / cached.ratio.median)
     assert cached.break_even_saving == pytest.approx(1 - 1 / cached.ratio.median)
-    assert cached.mfu == pytest.approx(2e6 * (200 / (1.0 * 5 + 0.3)) / 2e9)
+    assert cached.mfu == pytest.approx(3e6 * (200 / (1.0 * 5 + 0.3)) / 2e9)
     assert public.slower.median == pytest.approx(3 / 2 * 20 / 5.3)  # one window at a time
     assert ntp.ratio is None and ntp.efficiency is None and cached.slower is None
+
+
+def test_arithmetic_is_read_against_the_product_rate_of_its_own_precision():
+    profile = fake_profile(ntp=([1.0] * 3, [0.0] * 3, 4, None), online=([4.0] * 3, [0.0] * 3, 4, None))
+    profile.config.teacher = SimpleNamespace(dtype="bf16")
+    profile.rates["bf16"] = [8e9, 8e9, 8e9]
+    profile.methods["online"].flops_per_token, profile.methods["online"].teacher_flops_per_token = 11e6, 8e6
+    ntp, online = (profiler._figures(profile, method) for method in profile.methods.values())
+    floor = 3e6 / 2e9 + 8e6 / 8e9
+    assert online.mfu == pytest.approx(floor * 40 / 2)  # two micro batches of 40 tokens in four seconds
+    assert online.ideal_ratio == pytest.approx(floor / (2e6 / 2e9))
+    assert online.efficiency == pytest.approx(online.ideal_ratio / 4)
+
+
+def test_a_teacher_of_another_precision_has_a_product_rate_of_its_own(config_file):
+    with profiled(config_file, "teacher.dtype=bf16") as profile:
+        profile.measure()
+        found = profiler.results(profile)
+    assert set(profile.rates) == {"fp32", "bf16"} and found.settings.teacher_precision == "bf16"
+    rate = found.teacher_product_flops_per_s
+    assert rate and rate != found.product_flops_per_s
+    text = profile_text.describe_profile(found)
+    assert "a large fp32 product runs at" in text and "a large bf16 product runs at" in text
 
 
 def test_the_breakdown_adds_up_whatever_single_rounds_took():

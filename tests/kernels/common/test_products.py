@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from kernel_helpers import DEVICE
 
 from cocomix_kernels.common import products
-from cocomix_kernels.common.products import add_product_, write_product
+from cocomix_kernels.common.products import add_product_, scaled, write_product
 
 
 def small_integers(*shape, dtype):
@@ -39,3 +39,11 @@ def test_sums_over_products_keep_what_a_low_precision_would_lose():
     one = torch.ones(3, 1, dtype=torch.bfloat16, device=DEVICE)
     add_product_(total, one, torch.ones(1, 4, dtype=torch.bfloat16, device=DEVICE))
     assert torch.equal(total, torch.full_like(total, 1025.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(0, 3), (5, 0), (1, 1), (9, 4)])
+def test_a_matrix_is_scaled_before_it_is_rounded(dtype, shape, monkeypatch):
+    monkeypatch.setattr(products, "_BLOCK_ELEMENTS", 8)
+    matrix, factor = torch.randn(shape, device=DEVICE), torch.tensor(0.3, device=DEVICE)
+    assert torch.equal(scaled(matrix, factor, dtype), (matrix * factor).to(dtype))
