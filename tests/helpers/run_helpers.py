@@ -118,11 +118,12 @@ class World:
             cache.append(shard, np.where(np.arange(LABEL_TOPK) < kept[..., None], labels, -1))
         return self.folder / name
 
-    def train(self, run: str, *overrides: str, resume: bool = False) -> int:
+    def train(self, run: str, *overrides: str, resume: bool = False, branch_from: str | None = None) -> int:
         """`cocomix train` in this process; its exit code."""
-        return main(
-            ["train", str(self.config), f"train.run={self.folder / run}", *overrides, *(["--resume"] if resume else [])]
-        )
+        options = ["--resume"] * resume
+        if branch_from is not None:
+            options += ["--branch-from", str(self.folder / branch_from)]
+        return main(["train", str(self.config), f"train.run={self.folder / run}", *overrides, *options])
 
     def train_on_two(self, run: str, *overrides: str, launcher=TORCHRUN) -> None:
         """`cocomix train` on two processes, to its end."""

@@ -1,5 +1,7 @@
 """`cocomix train`: pretraining, with or without concepts."""
 
+from pathlib import Path
+
 from cocomix.commands.arguments import add_config, read_config
 from cocomix.core.threads import wait_passively_on_busy_cores
 
@@ -14,6 +16,13 @@ def add_arguments(parser):
         action="store_true",
         help="go on with the batch after the newest checkpoint, or start where there is none",
     )
+    parser.add_argument(
+        "--branch-from",
+        type=Path,
+        metavar="RUN",
+        help="begin with a checkpoint of another run: the newest until which both have the same learning rates. With "
+        "train.schedule=wsd one long run serves shorter ones, which then only have to decay (train.tokens)",
+    )
 
 
 def run(options):
@@ -22,4 +31,4 @@ def run(options):
     from cocomix.costs.memory_check import memory_warning
     from cocomix.training.trainer import train
 
-    return train(config, options.resume, memory_warning)
+    return train(config, options.resume, options.branch_from, memory_warning)

@@ -26,6 +26,7 @@ ATTENTION_BACKENDS = ("torch", "triton", "flash", "cudnn")
 PRECISIONS = ("fp32", "bf16")
 AUTO = "auto"  # a precision that the machine decides, see `cocomix.core.precision`
 ZERO_STAGES = (0, 1, 2, 3)
+SCHEDULES = ("cosine", "linear", "wsd", "constant")  # of the learning rate after its warm-up
 
 RENAMED = {"labels": "concept_labels"}  # sections by the names that they had in earlier versions, which are still read
 
@@ -125,7 +126,10 @@ class TrainConfig:
     global_batch: int = positive(512)  # windows in one optimizer step, over all ranks
     micro_batch: int = positive(8)  # windows in one forward pass of one rank
     lr: float = positive(6e-4)
-    # the cosine ends at this share of lr
+    schedule: str = one_of("cosine", SCHEDULES)  # of the learning rate after its warm-up, see `training.schedule`
+    # wsd: the share of the steps, the last ones, in which the rate falls; before, it does not depend on `tokens`
+    decay_share: float = checked(0.2, lambda share: 0 < share <= 1, "must be above 0 and at most 1")
+    # the rate ends at this share of lr
     min_lr_ratio: float = checked(0.1, lambda share: 0 <= share <= 1, "must lie between 0 and 1")
     warmup_steps: int = not_negative(130)
     beta1: float = checked(0.9, lambda beta: 0 <= beta < 1, "must be at least 0 and below 1")

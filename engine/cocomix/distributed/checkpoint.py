@@ -27,11 +27,11 @@ def checkpoints_folder(run) -> Path:
 
 def latest_checkpoint(run) -> Path | None:
     """The newest complete checkpoint of a run, None where there is none."""
-    return next(iter(_complete_checkpoints(run)), None)
+    return next(iter(complete_checkpoints(run)), None)
 
 
-def _complete_checkpoints(run) -> list[Path]:
-    """Newest first."""
+def complete_checkpoints(run) -> list[Path]:
+    """The complete checkpoints of a run, newest first."""
     folders = sorted(checkpoints_folder(run).glob("step-*"), reverse=True)
     return [folder for folder in folders if _is_complete(folder)]
 
@@ -121,7 +121,7 @@ class CheckpointWriter:
 
     def _thin_out(self) -> None:
         """Delete all but the newest complete checkpoints, and what was begun but never finished."""
-        kept = _complete_checkpoints(self._run)[: self._keep]
+        kept = complete_checkpoints(self._run)[: self._keep]
         for folder in checkpoints_folder(self._run).glob("step-*"):
             if folder not in kept:
                 (folder / "trainer.json").unlink(missing_ok=True)  # first, so that none is ever complete and gutted

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import math
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from cocomix.core.config import Config, TrainConfig
 from cocomix.core.errors import CocomixError
 from cocomix.distributed.ranks import import_deepspeed
+from cocomix.training.schedule import learning_rate_factor
 
 _MANAGED = {
     "train_batch_size": "train.global_batch",
@@ -17,25 +17,13 @@ _MANAGED = {
     "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
     "gradient_clipping": "train.grad_clip",
     "optimizer": "train.lr, train.beta1, train.beta2, train.eps and train.weight_decay",
-    "scheduler": "train.warmup_steps and train.min_lr_ratio",
+    "scheduler": "train.schedule, train.warmup_steps and train.min_lr_ratio",
     "bf16": "train.precision",
     "fp16": "train.precision",
 }
 _MANAGED_OF_ZERO = {"stage": "train.zero_stage", "offload_optimizer": "train.offload_optimizer"}
 # Compiled variants of a block: three kinds of block, with and without gradients, whole and partial batches.
 _BLOCK_VARIANTS = 32
-
-
-def learning_rate_factor(config: TrainConfig, total_steps: int):
-    """Step (0-based) -> share of the peak rate: linear warm-up, then cosine to `min_lr_ratio`, as in the paper."""
-
-    def factor(step: int) -> float:
-        if step < config.warmup_steps:
-            return (step + 1) / config.warmup_steps
-        progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
-        return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
-
-    return factor
 
 
 def deepspeed_config(config: Config, world: int) -> dict:
@@ -92,7 +80,7 @@ def _zero_settings(train: TrainConfig, zero: dict) -> dict:
 
 
 def build_engine(model, config: Config, device: torch.device, world: int):
-    """Put the student under DeepSpeed with AdamW and the paper's schedule; every parameter decays.
+    """Put the student under DeepSpeed with AdamW and the config's schedule; every parameter decays.
 
     The optimizer is made here, from whole parameters, since ZeRO-3 leaves them without shape or elements. Raises
     `CocomixError` for settings that DeepSpeed refuses.

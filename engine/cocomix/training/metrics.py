@@ -23,6 +23,9 @@ def peak_memory_gib(device: torch.device) -> float:
     return kibibytes / 2**20
 
 
+FILE_NAME = "metrics.jsonl"  # in the folder of a run
+
+
 class MetricsLog:
     """metrics.jsonl of a run folder, mirrored to TensorBoard and Weights & Biases.
 
@@ -32,7 +35,7 @@ class MetricsLog:
 
     def __init__(self, folder: Path, config: TrainConfig, from_step: int, settings: dict):
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / "metrics.jsonl"
+        self._path = folder / FILE_NAME
         self._keep_until(from_step)
         self._file = open(self._path, "a", encoding="utf-8")
         self._tensorboard = _open_tensorboard(folder, from_step) if config.tensorboard else None

@@ -12,9 +12,8 @@ from cocomix.core.precision import STUDENT, TEACHER
 from cocomix.distributed.checkpoint import latest_checkpoint, read_trainer_state
 from cocomix.teacher.supervision import cached_precision, wanted_kinds
 
-# Settings that a resumed run may change, with all below them. The first group leaves the trajectory alone (up to
-# rounding, where the work is split otherwise); the second one steers it on purpose.
-MAY_CHANGE = (
+# Settings that leave a run's trajectory alone (up to rounding, where the work is split otherwise), with all below them.
+LEAVES_TRAJECTORY = (
     "out",
     "data.folder",
     "data.text",
@@ -48,8 +47,14 @@ MAY_CHANGE = (
     "train.wandb_project",
     "train.timeout_minutes",
     "deepspeed",
+)
+# Settings that a resumed run may change: those, and what steers it on purpose.
+MAY_CHANGE = (
+    *LEAVES_TRAJECTORY,
     "train.tokens",
     "train.lr",
+    "train.schedule",
+    "train.decay_share",
     "train.min_lr_ratio",
     "train.warmup_steps",
     "train.grad_clip",
@@ -83,9 +88,10 @@ def code_fingerprint() -> str:
     return digest.hexdigest()
 
 
-def precision_begun_with(config: Config) -> dict[str, str]:
-    """What the caches and the newest checkpoint of the config's run say of its precisions, by the settings' names."""
-    checkpoint = latest_checkpoint(config.train.run)
+def precision_begun_with(config: Config, source: Path | None = None) -> dict[str, str]:
+    """What the caches and the newest checkpoint of the config's run say of its precisions, by the settings' names;
+    where it has none yet, that of `source`, the run that it begins with."""
+    checkpoint = latest_checkpoint(config.train.run) or (source and latest_checkpoint(source))
     stored = {} if checkpoint is None else read_trainer_state(checkpoint)["identity"]
     of_run = {name: stored[name] for name in (STUDENT, TEACHER) if name in stored}
     return cached_precision(config, wanted_kinds(config)) | of_run

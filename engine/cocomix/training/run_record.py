@@ -26,12 +26,21 @@ class DataRecord:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """The run whose checkpoint another one began with, its folder, and the steps that both have in common."""
+
+    run: str
+    step: Count
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """One training run. Its JSON keys are the names of the fields.
 
     `method` is the config's model.mixing; `concept_labels` and `soft_targets` say where these come from ("cached",
     "online", None for nowhere); `flops_per_token` counts forward and backward with the teacher's work where that is
-    done online (None in runs of early versions); `config` holds the settings by section.
+    done online (None in runs of early versions); `config` holds the settings by section; `branched_from` is None where
+    the run began at its first step.
     """
 
     name: str
@@ -48,6 +57,7 @@ class RunRecord:
     versions: dict[str, str]
     config: dict[str, Any]
     data: DataRecord
+    branched_from: Branch | None = None
 
     def as_json(self) -> dict[str, Any]:
         """JSON values by key."""
@@ -70,3 +80,9 @@ class RunRecord:
         if record.method not in MIXING:
             raise CocomixError(f"{path}: method is {record.method!r}; it must be one of {', '.join(MIXING)}")
         return record
+
+
+def recorded_branch(run: Path) -> str | None:
+    """The folder of the run that the run in `run` began with, None where it says none or nothing is there."""
+    branch = RunRecord.read(run).branched_from if (run / FILE_NAME).is_file() else None
+    return None if branch is None else branch.run

@@ -1,5 +1,7 @@
 """Pretraining with DeepSpeed ZeRO: tokens and what the teacher says of them in, checkpoints and a model out."""
 
+import dataclasses
+import functools
 from pathlib import Path
 from typing import cast
 
@@ -12,6 +14,7 @@ from cocomix.distributed.export import export_checkpoint
 from cocomix.distributed.failures import failures_named, require_agreement
 from cocomix.distributed.ranks import Ranks, limit_waiting, process_group, rank_and_world
 from cocomix.teacher.supervision import Supervision
+from cocomix.training.branch import branch_point, require_source, take_metrics
 from cocomix.training.deepspeed_engine import build_engine
 from cocomix.training.divergence_watch import DivergenceWatch
 from cocomix.training.interval import Interval
@@ -19,6 +22,7 @@ from cocomix.training.memory_warning import MemoryWarning, warn_of_memory
 from cocomix.training.resume import code_fingerprint, identity, precision_begun_with, require_same_run
 from cocomix.training.run_description import describe_run
 from cocomix.training.run_log import RunLog
+from cocomix.training.run_record import Branch, recorded_branch
 from cocomix.training.save_policy import SavePolicy
 from cocomix.training.stop_requests import StopRequests
 from cocomix.training.train_step import TrainStep, build_student, training_batches
@@ -27,11 +31,15 @@ from cocomix.training.validation import Evaluation, Validation
 EXIT_RESUME = 75  # the run was interrupted and saved: start it again with --resume (EX_TEMPFAIL of sysexits.h)
 
 
-def train(config: Config, resume: bool = False, memory_warning: MemoryWarning | None = None) -> int:
+def train(
+    config: Config, resume: bool = False, branch_from: Path | None = None, memory_warning: MemoryWarning | None = None
+) -> int:
     """`cocomix train`: pretrain, and return the exit code (0, or `EXIT_RESUME` when interrupted).
 
-    With `resume` the run continues with the batch after its newest checkpoint (or starts where there is none).
-    `memory_warning` says whether the GPUs' memory suffices. Raises `CocomixError` for input that does not fit.
+    With `resume` the run continues with the batch after its newest checkpoint (or starts where there is none). A run
+    without one begins with a checkpoint of the run in `branch_from`, where it is given: the newest one until which both
+    have the same learning rates. `memory_warning` says whether the GPUs' memory suffices. Raises `CocomixError` for
+    input that does not fit.
     """
     run = Path(config.train.run)
     if resume and _finished(run, config):
@@ -40,8 +48,9 @@ def train(config: Config, resume: bool = False, memory_warning: MemoryWarning | 
         return 0
     if not resume and latest_checkpoint(run) is not None:
         raise CocomixError(f"{run} already holds a run: pass --resume to go on with it, or set another train.run")
+    require_source(config, branch_from, recorded_branch(run))
     with process_group(config.train.timeout_minutes) as ranks, failures_named(ranks):
-        trainer = Trainer(config, ranks, memory_warning)
+        trainer = Trainer(config, ranks, branch_from, memory_warning)
         try:
             code = trainer.fit()
             ranks.barrier()  # here, where a rank that dies before it comes is named
@@ -60,8 +69,16 @@ def _finished(run: Path, config: Config) -> bool:
 class Trainer:
     """One training run: what it is made of, and the loop over it."""
 
-    def __init__(self, config: Config, ranks: Ranks, memory_warning: MemoryWarning | None = None):
-        config, notes = settled(config, ranks.device.type, precision_begun_with)
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        branch_from: Path | None = None,
+        memory_warning: MemoryWarning | None = None,
+    ):
+        begun_with = functools.partial(precision_begun_with, source=branch_from)
+        config, notes = settled(config, ranks.device.type, begun_with)
+        self.branch_from = branch_from
         self.config, self.ranks, self.run = config, ranks, Path(config.train.run)
         tokens = TokenFiles.open(config.data.folder)
         self.train_split = tokens.split("train")
@@ -90,7 +107,7 @@ class Trainer:
 
     def fit(self) -> int:
         """Train to the end or to an interrupt; returns the exit code."""
-        elapsed_s = self._resume()
+        elapsed_s = self._begin()
         config, ranks, watch, saves = self.config, self.ranks, self.watch, self.saves
         total, log_every, eval_every = config.total_steps, config.train.log_every, config.train.eval_every
         self.log = log = RunLog(self.record, config, ranks, self.step, elapsed_s)
@@ -122,23 +139,45 @@ class Trainer:
             saves.finish(self.step)
         return self._finish(log) if self.step >= total else self._interrupted()
 
-    def _resume(self) -> float:
-        """Go on where the newest checkpoint was made, if there is one; returns the seconds of training until then."""
+    def _begin(self) -> float:
+        """Go on where the newest checkpoint was made, or begin with another run's, or at the first step; returns the
+        seconds of training until then."""
         checkpoint = latest_checkpoint(self.run)
-        if checkpoint is None:
+        if checkpoint is not None:
+            state, changes = self._go_on_from(checkpoint)
+            self.saves.saved_step = self.step
+            branch = state.get("branched_from")  # runs of earlier versions have none
+            self.record = dataclasses.replace(self.record, branched_from=branch and Branch(**branch))
+            if self.ranks.is_first and changes:
+                print(f"{self.run} continues after step {self.step} with changes: {'; '.join(changes)}")
+            return state["elapsed_s"]
+        if self.branch_from is None:
             return 0.0
+        state, _ = self._go_on_from(branch_point(self.branch_from, self.config))
+        self.record = dataclasses.replace(self.record, branched_from=Branch(str(self.branch_from), self.step))
+        if self.ranks.is_first:
+            take_metrics(self.branch_from, self.run)
+            print(f"{self.run} begins after step {self.step} of {self.branch_from}")
+        return state["elapsed_s"]
+
+    def _go_on_from(self, checkpoint: Path) -> tuple[dict, list[str]]:
+        """Take over the state of a checkpoint; returns what its trainer.json holds, and the changes in words."""
         state = read_trainer_state(checkpoint)
         changes = require_same_run(state["identity"], self.identity, checkpoint)
         load_checkpoint(self.engine, checkpoint, self.ranks)
-        self.step = self.saves.saved_step = state["step"]
+        self.step = state["step"]
         self.watch.restore(state["loss_watch"])
-        if self.ranks.is_first and changes:
-            print(f"{self.run} continues after step {self.step} with changes: {'; '.join(changes)}")
-        return state["elapsed_s"]
+        return state, changes
 
     def _state(self, log: RunLog) -> dict:
-        """What `_resume` reads of a checkpoint, beside the engine's state."""
-        return {"elapsed_s": log.elapsed_s, "identity": self.identity, "loss_watch": self.watch.state()}
+        """What `_begin` reads of a checkpoint, beside the engine's state."""
+        branch = self.record.branched_from
+        return {
+            "elapsed_s": log.elapsed_s,
+            "identity": self.identity,
+            "loss_watch": self.watch.state(),
+            "branched_from": branch and dataclasses.asdict(branch),
+        }
 
     def _evaluate(self, log: RunLog) -> Evaluation:
         self.evaluation = self.validation.evaluate()

@@ -1,23 +1,10 @@
 """Settings, schedule and what DeepSpeed refuses."""
 
-import math
-
 import pytest
 from run_helpers import stage, uneven
 
-from cocomix.core.config import TrainConfig
 from cocomix.core.errors import CocomixError
-from cocomix.training.deepspeed_engine import deepspeed_config, learning_rate_factor
-
-
-def test_learning_rate_warms_up_linearly_and_falls_on_a_cosine_to_its_share():
-    factor = learning_rate_factor(TrainConfig(warmup_steps=10, min_lr_ratio=0.1), total_steps=110)
-    assert [factor(step) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1, 1])
-    assert factor(60) == pytest.approx(0.55)
-    assert factor(35) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
-    assert factor(110) == factor(500) == pytest.approx(0.1)
-    assert learning_rate_factor(TrainConfig(warmup_steps=0), 10)(0) == 1
-    assert learning_rate_factor(TrainConfig(warmup_steps=10), 4)(3) == pytest.approx(0.4)
+from cocomix.training.deepspeed_engine import deepspeed_config
 
 
 def test_deepspeed_settings_are_filled_in_from_the_training_section(world):

@@ -79,7 +79,7 @@ def test_weights_and_moments_come_back_bit_for_bit_at_every_stage(world, before,
     config = world.load(*uneven(world), *stage(after), "train.micro_batch=2", f"train.run={run}")
     with process_group(1) as ranks:
         trainer = Trainer(config, ranks)
-        trainer._resume()
+        trainer._begin()
         loss = trainer.validation.evaluate().loss
         loaded = {key: tensor.clone() for key, tensor in state_to_save(trainer.engine, ranks).items()}
         trainer.close()
