@@ -20,15 +20,19 @@ def add_arguments(parser):
         metavar="FILE",
         help="compare them with an older file; what became slower beyond the noise is named",
     )
+    parser.add_argument("--json", metavar="FILE", help="also write the comparison of the runs to this file")
     parser.add_argument("--out", default="report", help="folder for report.html and its figures (default: report)")
 
 
 def run(options):
+    from cocomix.report.comparison_file import write_comparison
     from cocomix.report.measurement_page import measured_sections
     from cocomix.report.report import comparison_table, load_run, write_report
 
     if not (options.runs or options.profile or options.bench):
         raise CocomixError("nothing to report: name the folder of a run, or a file with --profile or --bench")
+    if options.json and not options.runs:
+        raise CocomixError("--json writes the comparison of runs: name their folders")
     runs = [load_run(folder) for folder in options.runs]
     sections, text = measured_sections(options.profile, options.bench, options.bench_before)
     if runs:
@@ -36,3 +40,6 @@ def run(options):
     if text:
         print(text)
     print(f"report: {write_report(runs, options.out, sections)}")
+    if options.json:
+        write_comparison(options.json, runs)
+        print(f"figures: {options.json}")

@@ -12,7 +12,8 @@ from typing import Any, cast
 import numpy as np
 
 from cocomix.core.extras import needs
-from cocomix.report.runs import Run, fixed, is_number, significant, titles
+from cocomix.report.arms import Arm, arm_titles
+from cocomix.report.runs import fixed, is_number, significant
 
 # Okabe and Ito's colours; line styles and markers carry the difference where a printer has no colours.
 LINES = (
@@ -51,11 +52,12 @@ _WARM_UP_SHARE = 0.1  # the first loss values are far above the rest and would f
 _MAX_POINTS = 1000  # of a curve, so that the page of a long run stays small
 
 
-def validation_loss_over_tokens(runs: list[Run]):
-    """Figure: validation loss of every run over training tokens, with the loss of a unigram model where it fits."""
-    curves = [_series(run.evaluations, "tokens", "loss") for run in runs]
-    axes, _ = _draw_curves(runs, curves, _TOKEN_UNITS, "validation loss (nats per token)")
-    unigram = math.log(runs[0].info["data"]["val_unigram_perplexity"])
+def validation_loss_over_tokens(arms: list[Arm]):
+    """Figure: validation loss of every method over training tokens, with the loss of a unigram model where it fits."""
+    curves = [_series(arm.evaluations, "tokens", "loss") for arm in arms]
+    axes, scale = _draw_curves(arms, curves, _TOKEN_UNITS, "validation loss (nats per token)")
+    _draw_bands(axes, scale, arms, curves)
+    unigram = math.log(arms[0].first.info["data"]["val_unigram_perplexity"])
     low, high = axes.get_ylim()
     if low < unigram < high:
         axes.axhline(unigram, color="#777777", linewidth=1, linestyle=(0, (1, 2)))
@@ -72,60 +74,62 @@ def validation_loss_over_tokens(runs: list[Run]):
     return axes.figure
 
 
-def training_loss_over_tokens(runs: list[Run]):
+def training_loss_over_tokens(arms: list[Arm]):
     """Figure: next-token loss of the training batches, smoothed, over the single values. None without values."""
-    return _smoothed_figure(runs, "ntp_loss", "training loss (nats per token)")
+    return _smoothed_figure(arms, "ntp_loss", "training loss (nats per token)")
 
 
-def validation_loss_over_time(runs: list[Run]):
-    """Figure: validation loss of every run over its wall-clock time."""
-    curves = [_series(run.evaluations, "elapsed_s", "loss") for run in runs]
-    axes, _ = _draw_curves(runs, curves, _TIME_UNITS, "validation loss (nats per token)")
+def validation_loss_over_time(arms: list[Arm]):
+    """Figure: validation loss of every method over its wall-clock time."""
+    curves = [_series(arm.evaluations, "elapsed_s", "loss") for arm in arms]
+    axes, scale = _draw_curves(arms, curves, _TIME_UNITS, "validation loss (nats per token)")
+    _draw_bands(axes, scale, arms, curves)
     return axes.figure
 
 
-def validation_loss_over_flops(runs: list[Run]):
-    """Figure: validation loss of every run over the arithmetic that training took. None where a run does not tell."""
-    if any(run.flops_per_token is None for run in runs):
+def validation_loss_over_flops(arms: list[Arm]):
+    """Figure: validation loss of every method over the arithmetic of its training. None where a run does not tell."""
+    if any(arm.flops_per_token is None for arm in arms):
         return None
     curves = []
-    for run in runs:
-        tokens, loss = _series(run.evaluations, "tokens", "loss")
-        curves.append((tokens * run.flops_per_token, loss))
-    axes, _ = _draw_curves(runs, curves, _FLOP_UNITS, "validation loss (nats per token)")
+    for arm in arms:
+        tokens, loss = _series(arm.evaluations, "tokens", "loss")
+        curves.append((tokens * arm.flops_per_token, loss))
+    axes, scale = _draw_curves(arms, curves, _FLOP_UNITS, "validation loss (nats per token)")
+    _draw_bands(axes, scale, arms, curves)
     return axes.figure
 
 
-def concept_agreement_over_tokens(runs: list[Run]):
+def concept_agreement_over_tokens(arms: list[Arm]):
     """Figure: share of the labels that are among the predicted concepts. None where no run predicts concepts."""
-    curves = [_series(run.evaluations, "tokens", "concept_agreement") for run in runs]
+    curves = [_series(arm.evaluations, "tokens", "concept_agreement") for arm in arms]
     if not any(len(x) for x, _ in curves):
         return None
-    axes, _ = _draw_curves(runs, [(x, 100 * y) for x, y in curves], _TOKEN_UNITS, "labels that are predicted (%)")
+    axes, _ = _draw_curves(arms, [(x, 100 * y) for x, y in curves], _TOKEN_UNITS, "labels that are predicted (%)")
     return axes.figure
 
 
-def concept_loss_over_tokens(runs: list[Run]):
+def concept_loss_over_tokens(arms: list[Arm]):
     """Figure: concept loss of the training batches, smoothed. None where no run predicts concepts."""
-    return _smoothed_figure(runs, "concept_loss", "concept loss (nats)")
+    return _smoothed_figure(arms, "concept_loss", "concept loss (nats)")
 
 
-def distillation_loss_over_tokens(runs: list[Run]):
+def distillation_loss_over_tokens(arms: list[Arm]):
     """Figure: distance from the teacher on training batches, smoothed. None where no run is distilled."""
-    return _smoothed_figure(runs, "distillation_loss", "KL from the teacher (nats per token)")
+    return _smoothed_figure(arms, "distillation_loss", "KL from the teacher (nats per token)")
 
 
-def throughput_and_memory(runs: list[Run]):
-    """Figure: tokens per second and peak memory, one bar a run. None before the first training line."""
-    throughput, memory = [run.tokens_per_s for run in runs], [run.peak_memory_gib for run in runs]
+def throughput_and_memory(arms: list[Arm]):
+    """Figure: tokens per second and peak memory, one bar a method. None before the first training line."""
+    throughput, memory = [arm.tokens_per_s for arm in arms], [arm.peak_memory_gib for arm in arms]
     if all(value is None for value in throughput):
         return None
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 0.95 + 0.42 * len(runs)), layout="constrained")
+    figure = Figure(figsize=(7.2, 0.95 + 0.42 * len(arms)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    colors = [LINES[index % len(LINES)][0] for index in range(len(runs))]
-    rows = range(len(runs))
+    colors = [LINES[index % len(LINES)][0] for index in range(len(arms))]
+    rows = range(len(arms))
     for axes, values, texts, title in (
         (panels[0], throughput, significant(throughput, digits=3), "tokens per second"),
         (panels[1], memory, fixed(memory, decimals=2), "peak memory (GiB)"),
@@ -138,7 +142,7 @@ def throughput_and_memory(runs: list[Run]):
         axes.grid(False)
         axes.spines["bottom"].set_visible(False)
         axes.tick_params(length=0)
-    panels[0].set_yticks(rows, [wrapped(title) for title in titles(runs)])
+    panels[0].set_yticks(rows, [wrapped(title) for title in arm_titles(arms)])
     panels[0].invert_yaxis()
     return figure
 
@@ -207,12 +211,12 @@ FIGURES = (
 )
 
 
-def _smoothed_figure(runs: list[Run], key: str, label: str):
-    curves = [_series(run.train, "tokens", key) for run in runs]
+def _smoothed_figure(arms: list[Arm], key: str, label: str):
+    curves = [_series(arm.train, "tokens", key) for arm in arms]
     if not any(len(x) for x, _ in curves):
         return None
     smooth = [(x, _moving_average(y, max(1, len(y) // 25))) for x, y in curves]
-    axes, scale = _draw_curves(runs, smooth, _TOKEN_UNITS, label)
+    axes, scale = _draw_curves(arms, smooth, _TOKEN_UNITS, label)
     for index, (x, y) in enumerate(curves):
         thin = slice(None, None, math.ceil(len(x) / _MAX_POINTS) or 1)
         axes.plot(x[thin] / scale, y[thin], color=LINES[index % len(LINES)][0], linewidth=0.7, alpha=0.25, zorder=1)
@@ -238,20 +242,20 @@ def _moving_average(values: np.ndarray, half_width: int) -> np.ndarray:
     return (sums[last + 1] - sums[first]) / (last + 1 - first)
 
 
-def _draw_curves(runs: list[Run], curves, units, label: str):
-    """A new figure with one curve a run and a legend; returns its axes and what the x values were divided by."""
+def _draw_curves(arms: list[Arm], curves, units, label: str):
+    """A new figure with one curve an arm and a legend; returns its axes and what the x values were divided by."""
     from matplotlib.figure import Figure
 
-    axes = Figure(figsize=(7.2, 3.7 + 0.2 * len(runs)), layout="constrained").subplots()
+    axes = Figure(figsize=(7.2, 3.7 + 0.2 * len(arms)), layout="constrained").subplots()
     longest = max((x[-1] for x, _ in curves if len(x)), default=1.0)
     scale, unit = next(((size, name) for size, name in units if longest >= 1.5 * size), units[-1])
-    for index, ((x, y), title) in enumerate(zip(curves, titles(runs), strict=True)):
+    for index, ((x, y), title) in enumerate(zip(curves, arm_titles(arms), strict=True)):
         if not len(x):
             continue
         color, line, marker = LINES[index % len(LINES)]
         thin = slice(None, None, math.ceil(len(x) / _MAX_POINTS))
         spacing = max(1, len(x[thin]) // 12)
-        marks = (index * spacing // len(runs), spacing)  # where curves lie on each other the markers don't
+        marks = (index * spacing // len(arms), spacing)  # where curves lie on each other the markers don't
         axes.plot(
             x[thin] / scale,
             y[thin],
@@ -270,6 +274,14 @@ def _draw_curves(runs: list[Run], curves, units, label: str):
     return axes, scale
 
 
+def _draw_bands(axes, scale, arms: list[Arm], curves) -> None:
+    """Between the best and the worst seed, where an arm has several."""
+    for index, (arm, (x, _)) in enumerate(zip(arms, curves, strict=True)):
+        low, high = (_series(arm.evaluations, "tokens", key)[1] for key in ("loss_low", "loss_high"))
+        if len(low) == len(x):
+            axes.fill_between(x / scale, low, high, color=LINES[index % len(LINES)][0], alpha=0.18, linewidth=0)
+
+
 def _limit_to_settled_values(axes, curves, start: float) -> None:
     settled = np.concatenate([y[x >= start] for x, y in curves])
     if len(settled):
@@ -283,9 +295,9 @@ def wrapped(title: str, width: int = 34) -> str:
     return "\n".join(textwrap.wrap(title, width))
 
 
-def draw_figures(runs: list[Run]) -> list[tuple[FigureEntry, str, bytes]]:
-    """Every figure that the runs have values for, with its SVG element and its PNG bytes."""
-    return [drawn for entry in FIGURES if (drawn := draw(entry, runs)) is not None]
+def draw_figures(arms: list[Arm]) -> list[tuple[FigureEntry, str, bytes]]:
+    """Every figure that the arms have values for, with its SVG element and its PNG bytes."""
+    return [drawn for entry in FIGURES if (drawn := draw(entry, arms)) is not None]
 
 
 def draw(entry: FigureEntry, *arguments) -> tuple[FigureEntry, str, bytes] | None:

@@ -1,6 +1,7 @@
 """Comparing training runs: a plain-text table for the terminal and one self-contained HTML page."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ from cocomix.core.config import current_name
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import atomic_write
 from cocomix.core.tables import text_table
+from cocomix.report.arms import Arm, arm_titles, arms
 from cocomix.report.figures import FIGURES, draw_figures
 from cocomix.report.page import Section, figure_section, folded, html_table, note, page, text_section
 from cocomix.report.runs import Run, fixed, is_number, load_run, significant, titles
-from cocomix.report.token_saving import Saving, saving
+from cocomix.report.token_saving import Saving, arithmetic_ratio, arm_saving
 
 __all__ = ["comparison_table", "load_run", "write_report"]
 
@@ -31,8 +33,9 @@ class _Comparison:
 def comparison_table(runs: list[Run]) -> str:
     """Plain-text table of runs at equal training tokens, the largest count at which all have an evaluation.
 
-    The step time ratio is to the first NTP run on the same devices, per token where batch sizes differ. Raises
-    `CocomixError` when the perplexities of the runs don't compare.
+    Seeds and budgets of one method share a row (see `cocomix.report.arms`): the perplexity is that of their mean loss,
+    with the best and the worst seed's. The step time ratio is to the first NTP row on the same devices, per token where
+    batch sizes differ. Raises `CocomixError` when the perplexities of the runs don't compare.
     """
     comparison = _compare(runs)
     table = text_table(comparison.header, comparison.rows)
@@ -41,51 +44,72 @@ def comparison_table(runs: list[Run]) -> str:
 
 def _compare(runs: list[Run]) -> _Comparison:
     _check_comparable(runs)
-    tokens = _common_tokens(runs)
-    at_tokens = [next(e for e in run.evaluations if e["tokens"] == tokens) for run in runs]
+    compared = arms(runs)
+    tokens = _common_tokens(compared)
+    at_tokens = [next(e for e in arm.evaluations if e["tokens"] == tokens) for arm in compared]
     columns = {
-        "method": titles(runs),
-        "perplexity": significant([evaluation["perplexity"] for evaluation in at_tokens], digits=4),
-        "tokens/s": significant([run.tokens_per_s for run in runs], digits=3),
-        "step time ratio": fixed(_step_time_ratios(runs), decimals=2),
-        "peak memory GiB": fixed([run.peak_memory_gib for run in runs], decimals=2),
-        "parameters": [_abbreviated(run.info["parameters"]) for run in runs],
+        "method": arm_titles(compared),
+        "perplexity": significant([_perplexity(evaluation) for evaluation in at_tokens], digits=4),
+        **_spread_of_seeds(at_tokens),
+        "tokens/s": significant([arm.tokens_per_s for arm in compared], digits=3),
+        "step time ratio": fixed(step_time_ratios(compared), decimals=2),
+        "peak memory GiB": fixed([arm.peak_memory_gib for arm in compared], decimals=2),
+        "parameters": [_abbreviated(arm.first.info["parameters"]) for arm in compared],
     }
     [unigram] = significant([runs[0].info["data"]["val_unigram_perplexity"]], digits=4)
     notes = [f"For orientation: the unigram perplexity of the validation text is {unigram}."]
-    notes += _saving_notes(runs, columns["method"])
+    notes += _saving_notes(compared, columns["method"])
     notes += [
         f"{title} has not finished: step {run.last_step:,} of {run.info['total_steps']:,}."
-        for title, run in zip(columns["method"], runs, strict=True)
+        for title, run in zip(titles(runs), runs, strict=True)
         if not run.summary
     ]
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
     return _Comparison(f"Validation perplexity after {tokens:,} training tokens", list(columns), rows, notes)
 
 
-def _saving_notes(runs: list[Run], names: list[str]) -> list[str]:
-    """A sentence for each run beside the first NTP run, and what none of them holds."""
-    baseline = next((run for run in runs if run.is_baseline), None)
+def _perplexity(evaluation: dict[str, Any]) -> float:
+    """As it was logged; of several seeds that of their mean loss."""
+    return math.exp(evaluation["loss"]) if "loss_low" in evaluation else evaluation["perplexity"]
+
+
+def _spread_of_seeds(evaluations: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """A column with the best and the worst seed's perplexity, where there are seeds."""
+    if not any("loss_low" in evaluation for evaluation in evaluations):
+        return {}
+    ends = [[math.exp(e[key]) if key in e else None for e in evaluations] for key in ("loss_low", "loss_high")]
+    low, high = (significant(values, digits=4) for values in ends)
+    return {"of seeds": [f"{a} – {b}" if a != "–" else "–" for a, b in zip(low, high, strict=True)]}
+
+
+def _saving_notes(compared: list[Arm], names: list[str]) -> list[str]:
+    """A sentence for each method beside NTP, and what none of them holds."""
+    baseline = next((arm for arm in compared if arm.is_baseline), None)
     if baseline is None:
         return []
-    ntp, notes, has_bounds = names[runs.index(baseline)], [], False
-    for run, name, time_ratio in zip(runs, names, _step_time_ratios(runs), strict=True):
-        found = None if run.is_baseline else saving(run, baseline)
+    ntp, notes, single = names[compared.index(baseline)], [], False
+    for arm, name, time_ratio in zip(compared, names, step_time_ratios(compared), strict=True):
+        found = None if arm.is_baseline else arm_saving(arm, baseline)
         if found is not None:
-            has_bounds = True
-            tokens = _saved(found.share, "fewer")
+            single |= not found.of_seeds
             notes.append(
-                f"{name} reaches a validation loss of {found.loss:.3f} with {tokens} tokens than {ntp} (a "
-                f"saving between {found.low:.1%} and {found.high:.1%} by the evaluations around it)."
-                f"{_at_its_cost(found, run, baseline, time_ratio)}"
+                f"{name} reaches a validation loss of {found.loss:.3f} with {_saved(found.share, 'fewer')} tokens than "
+                f"{ntp} (a saving {_bounds(found)}).{_at_its_cost(found, arm, baseline, time_ratio)}"
             )
             continue
-        lowest, first = min(e["loss"] for e in run.evaluations), baseline.evaluations[0]["loss"]
+        lowest, first = min(e["loss"] for e in arm.evaluations), baseline.evaluations[0]["loss"]
         if lowest > first and len(baseline.evaluations) > 1:  # of a single evaluation there is no more to say
             notes.append(
                 f"{name} comes to a validation loss of {lowest:.3f}, which {ntp} was past at its first evaluation."
             )
-    return [*notes, "What other seeds would give is not in these bounds."] if has_bounds else notes
+    return [*notes, "What other seeds would give is not in these bounds."] if single else notes
+
+
+def _bounds(found: Saving) -> str:
+    by_evaluations = f"between {found.low:.1%} and {found.high:.1%} by the evaluations around it"
+    if not found.of_seeds:
+        return by_evaluations
+    return f"from {min(found.of_seeds):.1%} to {max(found.of_seeds):.1%} by seed, {by_evaluations}"
 
 
 def _saved(share: float, word: str) -> str:
@@ -93,11 +117,10 @@ def _saved(share: float, word: str) -> str:
     return f"{share:.1%} {word}" if share >= 0 else f"{-share:.1%} more"
 
 
-def _at_its_cost(found: Saving, run: Run, baseline: Run, time_ratio: float | None) -> str:
+def _at_its_cost(found: Saving, arm: Arm, baseline: Arm, time_ratio: float | None) -> str:
     """What the saving in tokens is in arithmetic and in time, where that is known, and from which one on it pays."""
-    costs, arithmetic = [], None
-    if run.flops_per_token and baseline.flops_per_token:
-        arithmetic = run.flops_per_token / baseline.flops_per_token
+    costs, arithmetic = [], arithmetic_ratio(arm, baseline)
+    if arithmetic is not None:
         costs.append(f"{_saved(found.at_cost(arithmetic), 'less')} arithmetic")
     if time_ratio is not None:
         costs.append(f"{_saved(found.at_cost(time_ratio), 'less')} time at the speeds measured here")
@@ -136,9 +159,10 @@ def _fingerprint(run: Run) -> dict[str, Any]:
     }
 
 
-def _common_tokens(runs: list[Run]) -> int:
-    common = set.intersection(*({evaluation["tokens"] for evaluation in run.evaluations} for run in runs))
+def _common_tokens(compared: list[Arm]) -> int:
+    common = set.intersection(*({evaluation["tokens"] for evaluation in arm.evaluations} for arm in compared))
     if not common:
+        runs = [run for arm in compared for run in arm.runs]
         reached = ", ".join(f"{run.folder}: {run.evaluations[-1]['tokens']:,} tokens" for run in runs)
         raise CocomixError(
             f"the runs have no evaluation at equal tokens (last ones: {reached}); wait until the "
@@ -147,18 +171,20 @@ def _common_tokens(runs: list[Run]) -> int:
     return max(common)
 
 
-def _step_time_ratios(runs: list[Run]) -> list[float | None]:
-    def machine(run):
-        return run.info["device"], run.info["world_size"]
+def step_time_ratios(compared: list[Arm]) -> list[float | None]:
+    """Seconds a token of each arm over those of the first NTP arm on the same devices; None where there is none."""
 
-    def seconds_per_token(run):
-        return run.step_time_s / run.info["tokens_per_step"] if run.step_time_s else None
+    def machine(arm):
+        return arm.first.info["device"], arm.first.info["world_size"]
+
+    def seconds_per_token(arm):
+        return arm.step_time_s / arm.first.info["tokens_per_step"] if arm.step_time_s else None
 
     ratios = []
-    for run in runs:
-        baseline = next((r for r in runs if r.is_baseline and machine(r) == machine(run)), None)
+    for arm in compared:
+        baseline = next((other for other in compared if other.is_baseline and machine(other) == machine(arm)), None)
         reference = seconds_per_token(baseline) if baseline else None
-        own = seconds_per_token(run)
+        own = seconds_per_token(arm)
         ratios.append(own / reference if own and reference else None)
     return ratios
 
@@ -198,7 +224,7 @@ def _sections_of(runs: list[Run]) -> list[Section]:
     table = html_table(comparison.header, comparison.rows)
     return [
         text_section(comparison.heading, table, *map(note, comparison.notes)),
-        *(figure_section(*drawn) for drawn in draw_figures(runs)),
+        *(figure_section(*drawn) for drawn in draw_figures(arms(runs))),
         text_section("Runs", html_table(["", *titles(runs)], _facts(runs), "facts")),
         text_section("Settings", *_settings(runs)),
     ]

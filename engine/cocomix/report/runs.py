@@ -9,6 +9,7 @@ from typing import Any
 
 from cocomix.core.errors import CocomixError
 from cocomix.core.methods import labels_name, method_title, predicts_concepts, soft_targets_name
+from cocomix.training.metrics import FILE_NAME as METRICS
 from cocomix.training.run_record import FILE_NAME, RunRecord
 
 _METRIC_KEYS = {
@@ -106,7 +107,7 @@ def load_run(folder) -> Run:
     if not (folder / FILE_NAME).is_file():
         raise CocomixError(f"{folder} is not a run folder (no {FILE_NAME} in it); name one that `cocomix train` wrote")
     run_record = RunRecord.read(folder)
-    records = _without_repeated_steps(_read_metrics(folder / "metrics.jsonl"))
+    records = _without_repeated_steps(_read_metrics(folder / METRICS))
     of_kind = {kind: [record for record in records if record["kind"] == kind] for kind in _METRIC_KEYS}
     evaluations = {record["tokens"]: record for kind in ("summary", "eval") for record in of_kind[kind]}
     if not evaluations:
@@ -165,8 +166,12 @@ def _without_repeated_steps(records: list[dict[str, Any]]) -> list[dict[str, Any
 
 
 def titles(runs: list[Run]) -> list[str]:
-    """One distinct title a run: its method; where methods repeat the run's name too, and else its folder."""
-    titles = [run.title for run in runs]
+    """One distinct title for each run: its method, and more where methods repeat."""
+    return distinct([run.title for run in runs], runs)
+
+
+def distinct(titles: list[str], runs: list[Run]) -> list[str]:
+    """The titles; where they repeat with the run's name too, and else with its folder."""
     for distinction in (lambda run: run.record.name, lambda run: run.folder):
         titles = [
             f"{title}, {' '.join(str(distinction(run)).split())}" if titles.count(title) > 1 else title

@@ -1,18 +1,22 @@
 """How many tokens a run saves against plain next-token prediction (NTP) at equal validation loss."""
 
 import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from cocomix.report.runs import Run
+from cocomix.report.arms import Arm
 
 
 @dataclass(frozen=True)
 class Saving:
-    """Tokens after which a run and the NTP run first had a validation loss of `loss` (nats), which both reached.
+    """Tokens after which a method and NTP first had a validation loss of `loss` (nats), which both reached.
 
-    `share` is the saving, 1 - own / baseline tokens: 0.215 in the paper at 1.38B parameters; negative where the run
-    needs more. `low` and `high` bound it by the evaluations on either side of the two crossings. What another seed
-    would give is not in them.
+    `share` is the saving, 1 - own / baseline tokens: 0.215 in the paper at 1.38B parameters; negative where the method
+    needs more. `low` and `high` bound it by the evaluations on either side of the two crossings. Of several seeds it is
+    the mean of their savings, and the bounds hold those of all; `of_seeds` are the single ones, by which the spread of
+    seeds is told.
     """
 
     loss: float
@@ -21,6 +25,7 @@ class Saving:
     share: float
     low: float
     high: float
+    of_seeds: tuple[float, ...] = ()
 
     def at_cost(self, ratio: float) -> float:
         """The share that is saved of something of which the run needs `ratio` times as much a token as the NTP run:
@@ -28,10 +33,32 @@ class Saving:
         return 1 - (1 - self.share) * ratio
 
 
-def saving(run: Run, baseline: Run) -> Saving | None:
-    """The saving at the better loss that both runs reached; None where one has fewer than two (finite) evaluations, or
-    was past that loss at its first one, so that nobody knows when it reached it."""
-    curves = [[(e["tokens"], e["loss"]) for e in r.evaluations if math.isfinite(e["loss"])] for r in (run, baseline)]
+def arm_saving(arm: Arm, baseline: Arm) -> Saving | None:
+    """The mean saving of the arm's seeds, each against the baseline's of that seed, or where it has none against the
+    baseline's mean. None where a seed has no saving that can be told."""
+    found = [saving(curve, baseline.curves.get(seed, baseline.evaluations)) for seed, curve in arm.curves.items()]
+    known = [one for one in found if one is not None]
+    if not known or len(known) < len(found):
+        return None
+    if len(known) == 1:
+        return known[0]
+    mean = {key: statistics.fmean(getattr(one, key) for one in known) for key in ("loss", "tokens", "baseline_tokens")}
+    shares = tuple(one.share for one in known)
+    low, high = min(one.low for one in known), max(one.high for one in known)
+    return Saving(**mean, share=statistics.fmean(shares), low=low, high=high, of_seeds=shares)
+
+
+def arithmetic_ratio(arm: Arm, baseline: Arm) -> float | None:
+    """Arithmetic of a token of the arm over that of the baseline's; None where a run does not tell."""
+    own, base = arm.flops_per_token, baseline.flops_per_token
+    return own / base if own and base else None
+
+
+def saving(own: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> Saving | None:
+    """The saving of one run's evaluations against another's, at the better loss that both reached; None where one has
+    fewer than two (finite) evaluations, or was past that loss at its first one, so that nobody knows when it reached
+    it."""
+    curves = [[(e["tokens"], e["loss"]) for e in some if math.isfinite(e["loss"])] for some in (own, base)]
     if min(map(len, curves)) < 2:
         return None
     target = max(min(loss for _, loss in curve) for curve in curves)

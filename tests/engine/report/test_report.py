@@ -6,109 +6,13 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from run_files import TOKENS_PER_STEP, metrics, write_run
 
 from cocomix.core.errors import CocomixError
 from cocomix.report import figures, report
 from cocomix.report import runs as runs_module
+from cocomix.report.arms import arms
 from cocomix.report.report import comparison_table, load_run, write_report
-
-TOKENS_PER_STEP = 4096
-
-
-def write_run(
-    folder, mode="none", steps=200, *, eval_every=50, finished=True, offset=0.0, step_time=0.5, distilled=False, **info
-):
-    """A run folder with losses that fall towards 4.0 + offset."""
-    folder.mkdir(parents=True)
-    labels = None if mode == "none" else "cached"
-    data = {"vocab_size": 4096, "train_tokens": 2_500_000, "val_tokens": 130_000, "val_unigram_perplexity": 612.3}
-    config = {
-        "data": {"folder": "data", "text": ["stdlib"]},
-        "model": {"mixing": mode, "n_embd": 128},
-        "train": {"run": str(folder), "lr": 6e-4, "eval_windows": 0},
-    }
-    content = {
-        "name": folder.name,
-        "method": mode,
-        "concept_labels": labels,
-        "soft_targets": "cached" if distilled else None,
-        "device": "NVIDIA H100 80GB HBM3",
-        "world_size": 1,
-        "parameters": 25_230_000,
-        "tokens_per_step": TOKENS_PER_STEP,
-        "total_steps": steps,
-        "seq_len": 256,
-        "flops_per_token": 150_000_000 if mode == "none" else 300_000_000,
-        "versions": {"torch": "2.13.0", "deepspeed": "0.18.2", "cocomix": "0.1.0"},
-        "config": config,
-        "data": data,
-    }
-    (folder / "run.json").write_text(json.dumps(content | info))
-    (folder / "metrics.jsonl").write_text(
-        "".join(
-            json.dumps(line) + "\n" for line in metrics(mode, steps, eval_every, finished, offset, step_time, distilled)
-        )
-    )
-    return folder
-
-
-def metrics(mode, steps, eval_every, finished, offset, step_time, distilled=False):
-    noise = np.random.default_rng(0)
-    lines = []
-
-    def at(kind, step, **values):
-        return {"kind": kind, "step": step, "tokens": step * TOKENS_PER_STEP, "elapsed_s": step * step_time} | values
-
-    def loss(step):
-        return 4.0 + offset + 5.0 / (1 + step / 20)
-
-    for step in range(10, steps + 1, 10):
-        ntp_loss = loss(step) + 0.1 * float(noise.standard_normal())
-        concept_loss = None if mode == "none" else 6.0 + 4.0 / (1 + step / 30)
-        slow = 20 if step == 10 else 1
-        lines.append(
-            at(
-                "train",
-                step,
-                loss=ntp_loss + 0.1 * (concept_loss or 0),
-                ntp_loss=ntp_loss,
-                lr=6e-4,
-                concept_loss=concept_loss,
-                **({"distillation_loss": 2 / step} if distilled else {}),
-                grad_norm=1.0,
-                step_time_s=step_time * slow,
-                tokens_per_s=TOKENS_PER_STEP / step_time / slow,
-                peak_memory_gib=1.25,
-            )
-        )
-        if step % eval_every == 0:
-            concepts = (
-                {}
-                if mode == "none"
-                else {
-                    "concept_tokens": 2048,
-                    "label_coverage": 0.875,
-                    "concept_agreement": 1 - 1 / (1 + step / 100),
-                    "label_concepts": 811,
-                    "predicted_concepts": 402,
-                }
-            )
-            lines.append(at("eval", step, loss=loss(step), perplexity=float(np.exp(loss(step))), **concepts))
-    if finished:
-        lines.append(
-            at(
-                "summary",
-                steps,
-                loss=loss(steps),
-                perplexity=float(np.exp(loss(steps))),
-                tokens_per_s=TOKENS_PER_STEP / step_time,
-                step_time_s=step_time,
-                peak_memory_gib=1.25,
-                step_time_p10_s=step_time * 0.98,
-                step_time_p90_s=step_time * 1.07,
-            )
-        )
-    return lines
 
 
 @pytest.fixture
@@ -343,7 +247,7 @@ def test_runs_are_compared_at_the_largest_token_count_that_all_have_evaluated(tm
 def test_runs_without_an_evaluation_at_equal_tokens_are_refused(tmp_path):
     runs = [
         load_run(write_run(tmp_path / "a", eval_every=50, steps=50)),
-        load_run(write_run(tmp_path / "b", eval_every=30, steps=60)),
+        load_run(write_run(tmp_path / "b", "interleave", eval_every=30, steps=60)),
     ]
     with pytest.raises(CocomixError, match="no evaluation at equal tokens"):
         comparison_table(runs)
@@ -522,19 +426,21 @@ def test_concept_loss_is_drawn_only_where_a_run_has_one(tmp_path, pair):
 
 
 def test_curves_show_the_runs_values_in_the_units_of_their_axes(pair):
-    axes = figures.validation_loss_over_tokens(pair).axes[0]
+    axes = figures.validation_loss_over_tokens(arms(pair)).axes[0]
     assert axes.get_xlabel() == "thousand tokens"
     for line, run in zip(axes.lines, pair, strict=False):
         np.testing.assert_allclose(line.get_xdata(), [e["tokens"] / 1e3 for e in run.evaluations])
         np.testing.assert_allclose(line.get_ydata(), [e["loss"] for e in run.evaluations])
-    time = figures.validation_loss_over_time(pair).axes[0]
+    time = figures.validation_loss_over_time(arms(pair)).axes[0]
     assert time.get_xlabel() == "minutes"
     np.testing.assert_allclose(time.lines[1].get_xdata(), [e["elapsed_s"] / 60 for e in pair[1].evaluations])
 
 
 def test_curves_differ_without_colours(tmp_path):
     runs = [load_run(write_run(tmp_path / str(number), "interleave", name=str(number))) for number in range(7)]
-    lines = [line for line in figures.validation_loss_over_tokens(runs).axes[0].lines if line.get_marker() != "None"]
+    lines = [
+        line for line in figures.validation_loss_over_tokens(arms(runs)).axes[0].lines if line.get_marker() != "None"
+    ]
     assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == 7
     assert len({line.get_marker() for line in lines}) == 7
 
@@ -630,7 +536,7 @@ def test_no_saving_is_said_without_a_baseline_or_for_the_baseline_itself(pair):
 
 
 def test_loss_over_flops_stretches_each_curve_by_its_arithmetic(pair):
-    axes = figures.validation_loss_over_flops(pair).axes[0]
+    axes = figures.validation_loss_over_flops(arms(pair)).axes[0]
     ntp, mixed = (line.get_xdata() for line in axes.lines)
     np.testing.assert_allclose(mixed / ntp, 2)
     assert axes.get_xlabel() == "TFLOP"
@@ -642,14 +548,14 @@ def test_runs_that_do_not_tell_their_arithmetic_have_no_such_figure(tmp_path):
     info = json.loads((folder / "run.json").read_text())
     del info["flops_per_token"]
     (folder / "run.json").write_text(json.dumps(info))
-    assert figures.validation_loss_over_flops([load_run(folder)]) is None
+    assert figures.validation_loss_over_flops(arms([load_run(folder)])) is None
 
 
 def test_agreement_and_counts_of_concepts_are_shown(tmp_path, pair):
-    axes = figures.concept_agreement_over_tokens(pair).axes[0]
+    axes = figures.concept_agreement_over_tokens(arms(pair)).axes[0]
     assert len(axes.lines) == 1
     np.testing.assert_allclose(axes.lines[0].get_ydata(), [100 * (1 - 1 / (1 + s / 100)) for s in (50, 100, 150, 200)])
-    assert figures.concept_agreement_over_tokens(pair[:1]) is None
+    assert figures.concept_agreement_over_tokens(arms(pair[:1])) is None
     text = Page(write_report(pair, tmp_path / "out")).text
     for name, value in (
         ("Tokens with a label", "87.5%"),

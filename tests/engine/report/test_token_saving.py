@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cocomix.report.token_saving import Saving, saving
+from cocomix.report.token_saving import Saving, arm_saving, saving
 
 
 def run(*points):
-    return SimpleNamespace(evaluations=[{"tokens": tokens, "loss": loss} for tokens, loss in points])
+    return [{"tokens": tokens, "loss": loss} for tokens, loss in points]
 
 
 def power_law(rate, steps, shift=1.0):
@@ -60,3 +60,31 @@ def test_the_saving_lies_within_its_bounds_whatever_the_curves(losses, others):
         assert found is None
     else:
         assert found is None or found.low - 1e-9 <= found.share <= found.high + 1e-9
+
+
+def arm(**curves):
+    """Curves by seed."""
+    return SimpleNamespace(curves=curves, evaluations=next(iter(curves.values())))
+
+
+def test_each_seed_is_compared_with_the_same_seed_of_the_baseline():
+    steps = [100 * 1.05**i for i in range(80)]
+    curves = {"0": power_law(0.2, steps), "1": power_law(0.2, steps, shift=0.8)}
+    ahead = {"0": power_law(0.2, steps, shift=1 / 0.9), "1": power_law(0.2, steps, shift=0.8 / 0.7)}
+    found = arm_saving(arm(**ahead), arm(**curves))
+    assert found.of_seeds == pytest.approx((0.1, 0.3), abs=3e-3)
+    assert found.share == pytest.approx(0.2, abs=3e-3)
+    single = [saving(ahead[seed], curves[seed]) for seed in curves]
+    assert (found.low, found.high) == (min(one.low for one in single), max(one.high for one in single))
+
+
+def test_a_seed_that_the_baseline_lacks_is_compared_with_its_mean():
+    steps = [100 * 1.05**i for i in range(80)]
+    ntp = arm(**{"0": power_law(0.2, steps)})
+    found = arm_saving(arm(**{"7": power_law(0.2, steps, shift=2)}), ntp)
+    assert found == saving(power_law(0.2, steps, shift=2), ntp.evaluations) and found.of_seeds == ()
+
+
+def test_there_is_no_saving_where_one_seed_tells_none():
+    fine = run((10, 5.0), (20, 4.0))
+    assert arm_saving(arm(**{"0": fine, "1": run((10, 5.0))}), arm(**{"0": fine, "1": fine})) is None

@@ -1,0 +1,117 @@
+"""Seeds and budgets of one method as one line of the comparison."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from run_files import write_run
+
+from cocomix.report import figures
+from cocomix.report.arms import arm_titles, arms
+from cocomix.report.report import comparison_table, write_report
+from cocomix.report.runs import load_run
+
+
+def seeded(folder, seed, mode="none", steps=200, *, offset=0.0, **settings):
+    """A run with a seed and further training settings."""
+    path = write_run(folder / f"{mode}-{seed}-{steps}-{len(list(folder.iterdir()))}", mode, steps, offset=offset)
+    record = json.loads((path / "run.json").read_text())
+    record["config"]["train"] |= {"seed": seed, "tokens": steps * 4096} | settings
+    (path / "run.json").write_text(json.dumps(record))
+    return load_run(path)
+
+
+@pytest.fixture
+def seeds(tmp_path):
+    """Three seeds of two methods."""
+    ntp = [seeded(tmp_path, seed, offset=0.01 * seed) for seed in range(3)]
+    return ntp, [seeded(tmp_path, seed, "interleave", offset=0.01 * seed - 0.1) for seed in range(3)]
+
+
+def test_seeds_of_a_method_are_one_arm_whose_curve_is_their_mean_with_its_ends(seeds):
+    ntp, mixed = arms([*seeds[0], *seeds[1]])
+    assert arm_titles([ntp, mixed]) == ["NTP, 3 seeds", "CoCoMix (cached labels), 3 seeds"]
+    for at, record in enumerate(ntp.evaluations):
+        losses = [run.evaluations[at]["loss"] for run in seeds[0]]
+        assert record["tokens"] == seeds[0][0].evaluations[at]["tokens"]
+        assert record["loss"] == pytest.approx(sum(losses) / 3)
+        assert (record["loss_low"], record["loss_high"]) == (min(losses), max(losses))
+    assert ntp.tokens_per_s == seeds[0][0].tokens_per_s and ntp.peak_memory_gib == 1.25
+    assert mixed.train[5]["concept_loss"] == pytest.approx(seeds[1][0].train[5]["concept_loss"])
+
+
+def test_evaluations_that_a_seed_lacks_are_left_out(tmp_path):
+    short, long = seeded(tmp_path, 0, steps=150), seeded(tmp_path, 1, steps=200)
+    for run in (short, long):
+        run.record.config["train"]["tokens"] = 1
+    [arm] = arms([short, long])
+    assert len(arm.curves) == 2
+
+
+def test_budgets_are_one_arm_whose_curve_is_their_ends(tmp_path):
+    runs = [seeded(tmp_path, seed, steps=steps, offset=0.1 * seed) for steps in (200, 100) for seed in (0, 1)]
+    [arm] = arms(runs)
+    assert arm.title == "NTP, 2 seeds, 2 budgets"
+    ends = {
+        seed: [run.evaluations[-1] for run in runs if run.record.config["train"]["seed"] == seed] for seed in (0, 1)
+    }
+    assert arm.curves == {seed: list(reversed(found)) for seed, found in ends.items()}
+    assert [record["tokens"] for record in arm.evaluations] == [100 * 4096, 200 * 4096]
+    assert arm.train == runs[0].train
+
+
+def test_a_budget_that_has_not_finished_has_no_end_yet(tmp_path):
+    runs = [seeded(tmp_path, 0, steps=steps) for steps in (100, 150, 200)]
+    object.__setattr__(runs[2], "summary", None)
+    done, running = arms(runs)
+    assert done.evaluations == [run.evaluations[-1] for run in runs[:2]]
+    assert running.evaluations == runs[2].evaluations
+    assert len(set(arm_titles([done, running]))) == 2
+
+
+def test_what_differs_in_more_than_seed_and_budget_stays_apart(tmp_path):
+    runs = [
+        seeded(tmp_path, 0),
+        seeded(tmp_path, 1, lr=1e-3),
+        seeded(tmp_path, 2, log_every=3),  # which leaves the trajectory alone
+        seeded(tmp_path, 0, "interleave"),
+    ]
+    assert [arm.runs for arm in arms(runs)] == [(runs[0], runs[2]), (runs[1],), (runs[3],)]
+
+
+def test_a_repeated_run_stays_apart(tmp_path):
+    runs = [seeded(tmp_path, 0), seeded(tmp_path, 0), seeded(tmp_path, 1)]
+    assert [arm.runs for arm in arms(runs)] == [(run,) for run in runs]
+
+
+def test_the_table_has_a_row_for_all_seeds_with_the_best_and_the_worst(seeds):
+    table = comparison_table([*seeds[0], *seeds[1]])
+    row = next(line for line in table.splitlines() if line.startswith("CoCoMix"))
+    losses = [run.evaluations[-1]["loss"] for run in seeds[1]]
+    mean, low, high = (f"{math.exp(loss):.2f}" for loss in (np.mean(losses), min(losses), max(losses)))
+    assert f" {mean}  {low} – {high} " in row
+    assert "by seed, between" in table and "What other seeds would give" not in table
+
+
+def test_a_single_run_says_that_other_seeds_are_not_in_its_bounds(seeds):
+    table = comparison_table([*seeds[0], seeds[1][0]])
+    assert "What other seeds would give is not in these bounds." in table
+    row = next(line for line in table.splitlines() if line.startswith("CoCoMix"))
+    assert " – " in row  # it has no spread
+
+
+def test_curves_have_a_band_where_there_are_seeds(seeds, tmp_path):
+    compared = arms([*seeds[0], seeds[1][0]])
+    for draw in (
+        figures.validation_loss_over_tokens,
+        figures.validation_loss_over_time,
+        figures.validation_loss_over_flops,
+    ):
+        axes = draw(compared).axes[0]
+        [band] = axes.collections
+        low, high = (np.array([e[key] for e in compared[0].evaluations]) for key in ("loss_low", "loss_high"))
+        points = band.get_paths()[0].vertices
+        assert set(np.round(points[:, 1], 9)) >= set(np.round([*low, *high], 9))
+    page = write_report([*seeds[0], *seeds[1]], tmp_path / "out").read_text()
+    assert "CoCoMix (cached labels), 3 seeds" in page
