@@ -5,6 +5,7 @@
 #   make bench                    what the kernels and a step cost on this machine, in under three minutes
 #   make bench-full               the same with larger shapes, torch.compile, competitors and more rounds
 #                                 both keep their figures and a page in runs/bench (BENCH=folder)
+#   make frontier                 what every method brings and costs, over seeds and budgets (hours)
 
 PYTHON ?= python3
 VENV := .venv
@@ -19,7 +20,7 @@ else
 OUT ?= runs/quickstart-$(shell printf '%s' '$(TEXT)' | cksum | cut -d' ' -f1)
 endif
 
-.PHONY: setup quickstart test test-slow test-oldest test-newest lint bench bench-full clean
+.PHONY: setup quickstart test test-slow test-oldest test-newest lint bench bench-full frontier clean
 
 setup: $(READY)
 
@@ -101,6 +102,11 @@ bench-full: $(READY)
 	$(BIN)/python benchmarks/profile_against.py $(STEP) --rounds 15 --against public --against transformers
 	$(COCOMIX) report --bench $(BENCH)/kernels.json --profile $(BENCH)/profile.json --out $(BENCH)/report
 	@echo "kept: $(BENCH)/kernels.json (pytest-benchmark), $(BENCH)/profile.json (cocomix profile), $(BENCH)/report"
+
+# What each method brings at which cost: methods, seeds and budgets. Hours; it goes on where it stopped.
+FRONTIER ?= configs/frontier/1m
+frontier: $(READY)
+	$(BIN)/python benchmarks/frontier.py $(FRONTIER)
 
 clean:
 	rm -rf $(VENV) .venv-oldest .venv-newest runs build *.egg-info
