@@ -118,18 +118,28 @@ def _saved(share: float, word: str) -> str:
 
 
 def _at_its_cost(found: Saving, arm: Arm, baseline: Arm, time_ratio: float | None) -> str:
-    """What the saving in tokens is in arithmetic and in time, where that is known, and from which one on it pays."""
-    costs, arithmetic = [], arithmetic_ratio(arm, baseline)
-    if arithmetic is not None:
-        costs.append(f"{_saved(found.at_cost(arithmetic), 'less')} arithmetic")
-    if time_ratio is not None:
-        costs.append(f"{_saved(found.at_cost(time_ratio), 'less')} time at the speeds measured here")
+    """What the saving in tokens is in arithmetic and time, where that is known, and from which one on and whether it
+    pays."""
+    arithmetic = arithmetic_ratio(arm, baseline)
+    ratios = {"tokens": 1.0, "arithmetic": arithmetic, "time": time_ratio}
+    known = {what: ratio for what, ratio in ratios.items() if ratio is not None}
+    costs = [f"{_saved(found.at_cost(ratio), 'less')} {what}" for what, ratio in known.items() if what != "tokens"]
     if not costs:
         return ""
-    text = f" That is {' and '.join(costs)}"
+    speeds = " at the speeds measured here" if time_ratio is not None else ""
+    text = f" That is {' and '.join(costs)}{speeds}"
     if arithmetic is not None and arithmetic > 1:
         text += f"; in arithmetic it pays from a saving of {1 - 1 / arithmetic:.1%} of the tokens on"
-    return f"{text}."
+    verdicts = [f"in {what} {_verdict(found, ratio)}" for what, ratio in known.items()]
+    return f"{text}. Worth it here: {', '.join(verdicts)}."
+
+
+def _verdict(found: Saving, ratio: float) -> str:
+    """Whether something is saved of which the method needs `ratio` times as much a token, by every seed alike."""
+    signs = {1 - (1 - share) * ratio > 0 for share in found.of_seeds or (found.share,)}
+    if len(signs) > 1:
+        return "not told by these seeds"
+    return "yes" if signs == {True} else "no"
 
 
 def _check_comparable(runs: list[Run]) -> None:

@@ -115,3 +115,9 @@ def test_curves_have_a_band_where_there_are_seeds(seeds, tmp_path):
         assert set(np.round(points[:, 1], 9)) >= set(np.round([*low, *high], 9))
     page = write_report([*seeds[0], *seeds[1]], tmp_path / "out").read_text()
     assert "CoCoMix (cached labels), 3 seeds" in page
+
+
+def test_what_one_seed_wins_and_another_loses_is_not_told(tmp_path):
+    ntp = [seeded(tmp_path, seed) for seed in (0, 1)]
+    mixed = [seeded(tmp_path, seed, "interleave", offset=offset) for seed, offset in ((0, -0.05), (1, 0.05))]
+    assert "Worth it here: in tokens not told by these seeds, in arithmetic no" in comparison_table([*ntp, *mixed])
