@@ -58,9 +58,9 @@ def public_student(model):
             return public_way.mix(hidden, *concepts)
         return hidden + public_way.compress(*concepts)
 
-    def all_queries(x, mask=None, cache=None, concept_queries=False, block=last.forward):
+    def all_queries(x, mask=None, cache=None, read=None, block=last.forward):
         out = block(x, mask, cache, False)
-        return out[:, 1::2] if concept_queries else out
+        return out if read is None else out[:, read]
 
     replaced = {head: predict, compress: mix, lm_head: functools.partial(_loss_of_logits, lm_head.weight)}
     if config.mixing == "interleave":

@@ -54,9 +54,10 @@ def small_model(dtype=torch.float32, seed=1, **settings):
 
 
 def method_settings(name):
-    """Settings of a model for "interleave", "interleave residual" and so on."""
-    mixing, *residual = name.split()
-    return {"mixing": mixing, "concept_residual": bool(residual)}
+    """Settings of a model for "interleave", "interleave residual", "pause every-3" and so on."""
+    mixing, *more = name.split()
+    every = next((int(word.removeprefix("every-")) for word in more if word != "residual"), 1)
+    return {"mixing": mixing, "concept_residual": "residual" in more, "concept_every": every}
 
 
 def autoencoder(width=16, n_latents=64, k=8):
@@ -94,24 +95,37 @@ def naive_student(parameters, config, ids, concept_labels=None):
     """
     weights = {name.removeprefix("transformer."): value for name, value in parameters.items()}
     x = weights["wte.weight"][ids] + weights["wpe.weight"][: ids.shape[1]]
-    concept_loss = None
+    concept_loss, read = None, list(range(ids.shape[1]))
     for layer in range(config.n_layer):
         if layer == config.insert_layer and config.mixing != "none":
             concepts = weights.get("pause_tokens.weight")
             if config.mixing != "pause":
+                if concept_labels is not None:
+                    has_concept = (torch.arange(ids.shape[1]) + 1) % config.concept_every == 0
+                    concept_labels = concept_labels.where(has_concept[:, None], -1)
                 concepts, concept_loss = _naive_concepts(weights, config, x, concept_labels)
             if config.concept_residual:
                 concepts = x + concepts - (0 if config.mixing == "pause" else x.mean(-1, keepdim=True))
             if config.mixing == "add":
                 x = x + concepts
             elif config.mixing != "predict":
-                x = torch.stack([x, concepts.expand_as(x)], dim=2).reshape(x.shape[0], -1, x.shape[2])
+                x, read = _naive_interleaving(x, concepts.expand_as(x), config.concept_every)
         x = _naive_block(weights, f"h.{layer}.", config, x)
-    if config.mixing in ("interleave", "pause"):
-        x = x[:, 1::2]
+    x = x[:, read]
     logits = _naive_norm(weights, "ln_f", config, x) @ weights["wte.weight"].T
     ntp_loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     return logits, ntp_loss, concept_loss
+
+
+def _naive_interleaving(x, concepts, every):
+    """All positions, and those that next tokens are read from: a token's concept where it has one."""
+    positions, read = [], []
+    for token in range(x.shape[1]):
+        positions.append(x[:, token])
+        if (token + 1) % every == 0:
+            positions.append(concepts[:, token])
+        read.append(len(positions) - 1)
+    return torch.stack(positions, 1), read
 
 
 def _naive_concepts(weights, config, h, concept_labels):

@@ -66,6 +66,8 @@ class ModelConfig:
     mixing: str = one_of("interleave", MIXING)
     # interleave and pause: what stands at a concept position is added to its token's hidden state
     concept_residual: bool = False
+    # interleave and pause: a concept position after every so many tokens
+    concept_every: int = positive(1)
 
 
 @dataclass
@@ -299,6 +301,11 @@ def _validate(config: Config, where: str) -> None:
 def _contradictions(config: Config) -> Iterator[str]:
     """What is wrong between settings, each of which is allowed alone."""
     yield from _model_contradictions(config.model)
+    if config.model.mixing != "none" and config.model.concept_every > config.data.seq_len:
+        yield (
+            f"model.concept_every ({config.model.concept_every}) must be at most data.seq_len "
+            f"({config.data.seq_len}): no window would have a concept position"
+        )
     yield from _distillation_contradictions(config)
     yield from _train_contradictions(config.train)
     sae = config.sae
@@ -315,6 +322,8 @@ def _model_contradictions(model: ModelConfig) -> Iterator[str]:
         )
     if model.concept_residual and model.mixing in ("add", "predict"):
         yield f"model.concept_residual needs concept positions, which model.mixing={model.mixing} does not have"
+    if model.concept_every > 1 and model.mixing in ("add", "predict"):
+        yield f"model.concept_every needs concept positions, which model.mixing={model.mixing} does not have"
     if predicts_concepts(model.mixing):
         if model.concept_topk > model.concept_dim:
             yield f"model.concept_topk ({model.concept_topk}) must be at most model.concept_dim ({model.concept_dim})"

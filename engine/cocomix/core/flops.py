@@ -14,26 +14,29 @@ MULTIPLY_ADD = 2  # floating-point operations in a multiply-accumulate
 TRAINED = 3  # forward and backward pass together, in forward passes
 
 
-def forward_parts(shape: StudentShape) -> dict[str, int]:
+def forward_parts(shape: StudentShape) -> dict[str, float]:
     """Multiply-accumulates per token of a forward pass: "blocks" (products with weights), "attention", "concept head",
     "compress" and "LM head"."""
     d, length = shape.n_embd, shape.seq_len
-    parts = {"blocks": shape.n_layer * 12 * d * d, "attention": shape.n_layer * length * d}
+    parts: dict[str, float] = {"blocks": shape.n_layer * 12 * d * d, "attention": shape.n_layer * length * d}
     if doubles_sequence(shape.mixing):
         h_blocks, f_blocks = shape.insert_layer, shape.n_layer - shape.insert_layer
-        # The last block's hidden positions need no query, no output projection and no MLP.
-        parts["blocks"] = (h_blocks + 2 * f_blocks) * 12 * d * d - 10 * d * d
-        parts["attention"] = h_blocks * length * d + f_blocks * 2 * 2 * length * d - 2 * length * d
+        positions = shape.positions_per_token
+        # The last block needs an output projection and an MLP for a position a token. Where every token has a concept,
+        # the hidden positions need no query either.
+        pairs = shape.concept_every == 1
+        parts["blocks"] = (h_blocks + positions * f_blocks) * 12 * d * d - (positions - 1) * (9 + pairs) * d * d
+        parts["attention"] = (h_blocks + positions**2 * f_blocks) * length * d - pairs * 2 * length * d
     if predicts_concepts(shape.mixing):
-        parts["concept head"] = shape.concept_dim * d
+        parts["concept head"] = shape.concept_dim * d / shape.concept_every
     if mixes_concepts(shape.mixing):
-        parts["compress"] = shape.concept_topk * d
+        parts["compress"] = shape.concept_topk * d / shape.concept_every
     return parts | {"LM head": shape.vocab_size * d}
 
 
 def student_forward(shape: StudentShape) -> int:
     """Multiply-accumulates per token of a forward pass, whatever the mixing."""
-    return sum(forward_parts(shape).values())
+    return round(sum(forward_parts(shape).values()))
 
 
 def ntp_forward(shape: StudentShape) -> int:

@@ -7,7 +7,8 @@ pause       one learned vector stands in each concept's place: the doubled seque
 none        next-token prediction
 
 With a residual (`concept_residual`), interleave and pause add what stands at a concept position to its token's hidden
-state, so that the position begins with what its token has.
+state, so that the position begins with what its token has. With `concept_every` m there is a concept position after
+every m-th token only.
 """
 
 # What a student may learn from beside its tokens, as messages and the fingerprints in checkpoints name it
@@ -47,9 +48,10 @@ def soft_targets_name(top_k: int | None) -> str:
     return f"whole {SOFT_TARGETS}" if top_k is None else f"top-{top_k} {SOFT_TARGETS}"
 
 
-def method_title(mixing: str, distils: bool = False, residual: bool = False) -> str:
-    """The method's name for people; `distils`: with knowledge distillation beside it; `residual`: with
-    `concept_residual`, which counts where there are concept positions."""
+def method_title(mixing: str, distils: bool = False, residual: bool = False, every: int = 1) -> str:
+    """The method's name for people; `distils`: with knowledge distillation beside it; `residual` and `every`: with
+    `concept_residual` and `concept_every`, which count where there are concept positions."""
     additions = ["residual"] if residual and doubles_sequence(mixing) else []
+    additions += [f"a position every {every} tokens"] if every > 1 and doubles_sequence(mixing) else []
     additions += ["distillation"] if distils else []
     return " with ".join([_TITLES[mixing], " and ".join(additions)]) if additions else _TITLES[mixing]

@@ -18,6 +18,12 @@ class StudentShape:
     concept_topk: int
     mixing: str = "interleave"
     concept_residual: bool = False
+    concept_every: int = 1
+
+    @property
+    def positions_per_token(self) -> float:
+        """Positions a token in the blocks that see concept positions too; 2 where every token has a concept."""
+        return 1 + 1 / self.concept_every
 
 
 @dataclass(frozen=True)
@@ -47,4 +53,5 @@ def student_shape(config: Config, vocab_size: int) -> StudentShape:
         concept_topk=model.concept_topk,
         mixing=model.mixing,
         concept_residual=model.concept_residual,
+        concept_every=model.concept_every,
     )

@@ -145,21 +145,29 @@ class _Activations:
         self.blocks, self.inputs, self.rows = [], [], []
         for layer in range(shape.n_layer):
             doubled = doubles_sequence(shape.mixing) and layer >= shape.insert_layer
-            positions = 2 if doubled else 1
+            positions = shape.positions_per_token if doubled else 1
             per_token = positions * row
-            if doubled and layer == shape.n_layer - 1:  # concept queries: 21 widths a token, of which 8 on 2T positions
-                per_token = 21 * d * b + 4 * n_head + 24
+            if doubled and layer == shape.n_layer - 1:  # two norms, keys and values of all positions, the rest of T
+                per_token = self._last_block(shape, d * b, n_head)
             self.blocks.append(self.tokens * per_token)
             self.inputs.append(self.tokens * positions * d * b)
             self.rows.append(self.tokens * (1 if layer == shape.n_layer - 1 else positions))
-        # Centred hidden states in fp32; the normalised ones; kept values and indices. Mixing needs the concepts before
-        # their scale, in fp32.
+        # Of tokens with a concept: centred hidden states in fp32; the normalised ones; kept values and indices. Mixing
+        # needs the concepts before their scale, in fp32.
         predicted = WIDE * d + 2 * d * b + shape.concept_topk * (WIDE + 2 * _INDEX)
-        self.concepts = self.tokens * (
+        self.concepts = (self.tokens / shape.concept_every) * (
             predicted * predicts_concepts(shape.mixing) + WIDE * d * mixes_concepts(shape.mixing)
         )
         self.head = self.tokens * 3 * d * b  # the final norm's input, the head's input and the head's gradient
         self.block_work = [5 * d * b * rows for rows in self.rows]  # gradients within an MLP's backward pass
+
+    @staticmethod
+    def _last_block(shape, width, n_head):
+        """Bytes a token of the last block where it sees concept positions; `width` bytes of a row."""
+        if shape.concept_every == 1:  # concept queries: 21 widths a token, of which 8 on 2T positions
+            return 21 * width + 4 * n_head + 24
+        of_all = shape.positions_per_token * (6 * width + 4 * n_head + 8)  # input, norm, QKV and attention's output
+        return of_all + 12 * width + 8
 
 
 def _moments(shape, n_head, setup):
@@ -203,7 +211,7 @@ def _moments(shape, n_head, setup):
             grown += concepts
     if predicted:
         moments["concept head"] = at(
-            "concept head", _concept_chunk(shape, setup, act.tokens), insert, True, 0, lm_held=0
+            "concept head", _concept_chunk(shape, setup, act.tokens // shape.concept_every), insert, True, 0, lm_held=0
         )
     return moments | _last_moments(shape, setup, common, growth, held)
 

@@ -82,6 +82,7 @@ def _method(job):
     ]
     distils = ["distillation"] if SOFT_TARGETS in learns_from(config) else []
     residual = ["residual"] if doubles_sequence(job.shape.mixing) and job.shape.concept_residual else []
+    residual += [f"every {job.shape.concept_every} tokens"] if job.shape.concept_every > 1 else []
     return ", ".join([f"mixing {job.shape.mixing}", *residual, *distils, *sources])
 
 

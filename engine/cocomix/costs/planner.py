@@ -223,13 +223,15 @@ def step_bytes(job: Job, setup: Setup) -> float:
     d, tokens = shape.n_embd, setup.micro_batch * setup.rounds * shape.seq_len
     positions = shape.n_layer
     if doubles_sequence(shape.mixing):
-        positions = shape.insert_layer + 2 * (shape.n_layer - shape.insert_layer) - 1
+        more = shape.positions_per_token - 1
+        positions = shape.n_layer + more * (shape.n_layer - shape.insert_layer - 1)
     blocks = positions * 18 * d * b  # norms read and write, residuals read two and write one, GELU 4d in and out
     heads = shape.vocab_size * 4 * b  # a logit is written, read for its row's sum, read and written as a gradient
     if predicts_concepts(shape.mixing):
-        heads += shape.concept_dim * 5 * b + 8 * d * b  # a read more for the TopK; the normalised hidden states
+        # a read more for the TopK; the normalised hidden states
+        heads += (shape.concept_dim * 5 * b + 8 * d * b) / shape.concept_every
     if mixes_concepts(shape.mixing):
-        heads += shape.concept_topk * d * 4 * b + 16 * d * b
+        heads += (shape.concept_topk * d * 4 * b + 16 * d * b) / shape.concept_every
     labels = 0
     if job.teacher is not None:
         teacher = job.teacher

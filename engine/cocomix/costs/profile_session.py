@@ -193,7 +193,9 @@ class Profile:
     def _title(self, kind):
         sources = " and ".join(kind.title(self.config) for kind in wanted_kinds(self.config))
         model = self.config.model
-        method = method_title(model.mixing, SOFT_TARGETS in learns_from(self.config), model.concept_residual)
+        method = method_title(
+            model.mixing, SOFT_TARGETS in learns_from(self.config), model.concept_residual, model.concept_every
+        )
         return method if kind == ALONE else f"{method}, {kind} {sources}"
 
     def _student(self, name, config):
@@ -339,11 +341,12 @@ def _endless(config, options, world):
 def _check_against(options, config):
     """Raise `CocomixError` where a competitor cannot do what the config asks for, or is not there."""
     has_public_form = mixes_concepts(config.model.mixing) and learns_from(config) == (CONCEPT_LABELS,)
-    has_public_form &= config.teacher.labels_by == "attribution" and not config.model.concept_residual
+    has_public_form &= config.teacher.labels_by == "attribution"
+    has_public_form &= not config.model.concept_residual and config.model.concept_every == 1
     if PUBLIC in options.against and not has_public_form:
         raise CocomixError(
-            "--against public needs model.mixing=interleave or add without concept_residual, labels by attribution and "
-            "no distillation: the public code knows nothing else"
+            "--against public needs model.mixing=interleave or add without concept_residual or concept_every, labels "
+            "by attribution and no distillation: the public code knows nothing else"
         )
     if TRANSFORMERS in options.against and config.train.zero_stage == 3:
         raise CocomixError(

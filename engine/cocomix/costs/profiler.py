@@ -26,6 +26,7 @@ from cocomix.core.flops import parameter_count
 from cocomix.core.machine import describe
 from cocomix.core.methods import SOFT_TARGETS, method_title
 from cocomix.core.precision import STUDENT, TEACHER, settled
+from cocomix.core.shapes import StudentShape
 from cocomix.costs.profile_inputs import RandomTokens
 from cocomix.costs.profile_results import MethodResults, Parameters, ProfileResults, Settings, Spread
 from cocomix.costs.profile_session import NTP, Method, Options, OutOfMemory, Profile
@@ -101,14 +102,20 @@ def results(profile: Profile) -> ProfileResults:
         ),
         product_flops_per_s=Spread.of(profile.rates[config.train.precision]),
         teacher_product_flops_per_s=of_teacher,
-        paper_saving=PAPER_SAVING if shape.mixing == "interleave" and not shape.concept_residual else None,
+        paper_saving=PAPER_SAVING if is_papers_form(shape) else None,
         methods={method.name: _figures(profile, method) for method in profile.methods.values()},
     )
 
 
+def is_papers_form(shape: StudentShape) -> bool:
+    """Whether the student is the paper's, of which it says what it saves."""
+    return shape.mixing == "interleave" and not shape.concept_residual and shape.concept_every == 1
+
+
 def _settings(profile: Profile) -> Settings:
     config, options, train = profile.config, profile.options, profile.config.train
-    teacher = "random" if options.random_teacher else "config"
+    shape, teacher = profile.shape, "random" if options.random_teacher else "config"
+    distils = SOFT_TARGETS in learns_from(config)
     return Settings(
         precision=train.precision,
         zero_stage=train.zero_stage,
@@ -119,9 +126,9 @@ def _settings(profile: Profile) -> Settings:
         accumulation=options.accumulation,
         training_accumulation=profile.training_accumulation,
         ranks=profile.ranks.world,
-        seq_len=profile.shape.seq_len,
-        mixing=profile.shape.mixing,
-        method=method_title(profile.shape.mixing, SOFT_TARGETS in learns_from(config), profile.shape.concept_residual),
+        seq_len=shape.seq_len,
+        mixing=shape.mixing,
+        method=method_title(shape.mixing, distils, shape.concept_residual, shape.concept_every),
         learns_from=[kind.title(config) for kind in wanted_kinds(config)],
         tokens="random" if isinstance(profile.split, RandomTokens) else "files",
         teacher=teacher if profile.teachers else None,

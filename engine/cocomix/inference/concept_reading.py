@@ -39,9 +39,14 @@ class Reading:
 def read_text(usable: UsableModel, text: str, max_tokens: int, teacher=None) -> Reading:
     """Predict concepts for a text, in windows of the model's context as in training, up to `max_tokens`.
 
-    Raises `CocomixError` for a text without tokens.
+    Raises `CocomixError` for a text without tokens, and for a model that has no concept at some tokens.
     """
     model, tokenizer = usable.model, usable.tokenizer
+    if model.config.concept_every > 1:
+        raise CocomixError(
+            f"this model has a concept after every {model.config.concept_every} tokens alone, and a text can be shown "
+            "only where each token has one (concept_every=1); --corpus shows where its concepts fire"
+        )
     all_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if not all_ids:
         raise CocomixError("there is no text to read concepts from")

@@ -97,7 +97,8 @@ class Followed:
 
 @dataclass
 class Survey:
-    """`fired` [C] counts the tokens at which each concept is among the kept ones, out of `n_tokens`."""
+    """`fired` [C] counts the tokens at which each concept is among the kept ones, out of `n_tokens` that have a concept
+    position of their own, or are predicted to where nothing is interleaved."""
 
     name: str
     n_tokens: int
@@ -112,6 +113,7 @@ def survey(model, corpus: "Corpus", concepts: Iterable[int], n_contexts: int = 8
     followed = {concept: Followed(n_contexts) for concept in concepts}
     fired = np.zeros(model.config.concept_dim, dtype=np.int64)
     ids = np.array(sorted(followed), dtype=np.int64)
+    at = np.arange(model.config.n_positions)[model.config.concept_tokens]  # the tokens that have a concept
     n_tokens = n_windows = 0
     for windows in corpus.batches():
         out = model.base_model(torch.from_numpy(windows).to(model.device), use_cache=False)
@@ -123,8 +125,8 @@ def survey(model, corpus: "Corpus", concepts: Iterable[int], n_contexts: int = 8
         bounds = np.searchsorted(found[order], ids, side="left"), np.searchsorted(found[order], ids, side="right")
         for concept, start, end in zip(ids.tolist(), *bounds, strict=True):
             part = order[start:end]
-            followed[concept].add(weights[part], where[0][part], where[1][part], windows, n_windows)
-        n_tokens += windows.size
+            followed[concept].add(weights[part], where[0][part], at[where[1][part]], windows, n_windows)
+        n_tokens += indices.shape[0] * indices.shape[1]
         n_windows += len(windows)
     if not n_tokens:
         raise CocomixError(f"the corpus {corpus.name} holds no text")

@@ -41,14 +41,19 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.doubled = layer >= config.doubled_from
+        self.has_pairs = config.concept_every == 1  # each token has a concept: a last block needs no other queries
         self.backend: str | None = None  # of interleaved_attention; see CoCoMixModel.set_attention_backend
         self.c_attn = QueryKeyValue(config.n_embd, config.n_head)
         self.c_proj = ResidualProjection(config.n_embd, config.n_embd)
 
-    def forward(self, x, mask=None, cache=None, concept_queries=False):
-        """x [B, S, d] -> [B, S, d], or [B, S/2, d] for concept queries. `mask` [B or 1, 1, queries, keys] is needed
-        only where the cache already held positions or some tokens are padding."""
+    def forward(self, x, mask=None, cache=None, read=None):
+        """x [B, S, d] -> [B, S, d], or [B, T, d] where the positions `read` (a slice or an index [T]) are all that is
+        wanted. `mask` [B or 1, 1, S, keys] is needed only where the cache already held positions or some tokens are
+        padding."""
+        concept_queries = read is not None and self.has_pairs
         q, k, v = self.c_attn(x, concept_queries)
+        if concept_queries and mask is not None:
+            mask = mask[:, :, 1::2]
         if cache is not None:
             k, v = (t.transpose(1, 2) for t in cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer))
         if mask is None and self.doubled:
@@ -56,6 +61,8 @@ class Attention(nn.Module):
         else:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
+        if read is not None and not concept_queries:
+            out = out[:, read]
         return self.c_proj(out.flatten(2))
 
 
@@ -82,9 +89,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = FeedForward(config)
 
-    def forward(self, x, mask=None, cache=None, concept_queries=False):
-        """x [B, S, d] -> [B, S, d]; with `concept_queries` (the last doubled block) only the odd positions are
-        computed, [B, S/2, d]: the even ones serve as keys and values and for nothing else."""
-        attended = self.attn(self.ln_1(x), mask, cache, concept_queries)
-        x = (x[:, 1::2] if concept_queries else x) + attended
+    def forward(self, x, mask=None, cache=None, read=None):
+        """x [B, S, d] -> [B, S, d]; with `read` (the last block, where it sees concept positions) only those that next
+        tokens are read from are computed, [B, T, d]: the others serve as keys and values and for nothing else."""
+        attended = self.attn(self.ln_1(x), mask, cache, read)
+        x = (x if read is None else x[:, read]) + attended
         return x + self.mlp(self.ln_2(x))

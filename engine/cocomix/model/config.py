@@ -3,6 +3,7 @@
 from transformers.configuration_utils import PreTrainedConfig
 
 from cocomix.core.methods import MIXING, doubles_sequence, predicts_concepts
+from cocomix.model.layout import Layout
 
 
 class CoCoMixConfig(PreTrainedConfig):
@@ -10,10 +11,11 @@ class CoCoMixConfig(PreTrainedConfig):
 
     `n_positions` counts tokens (T), never the doubled length. `mixing` is "interleave" (the paper's method), "add"
     (h + c, the sequence keeps T positions), "predict" (concepts are predicted and not mixed in), "pause" (a learned
-    vector in each concept's place) or "none" (plain GPT-2). With `concept_residual`, for the two that have concept
-    positions, what stands there is added to its token's hidden state instead of standing alone.
-    `distillation_weight` is that of KL(teacher || student) where soft targets are given. Raises `ValueError` for
-    values that contradict each other.
+    vector in each concept's place) or "none" (plain GPT-2). For the two that have concept positions: with
+    `concept_residual` what stands there is added to its token's hidden state instead of standing alone; with
+    `concept_every` = m there is one after every m-th token only, and the other tokens' next tokens are read from their
+    own positions. `distillation_weight` is that of KL(teacher || student) where soft targets are given. Raises
+    `ValueError` for values that contradict each other.
     """
 
     model_type = "cocomix"
@@ -38,6 +40,7 @@ class CoCoMixConfig(PreTrainedConfig):
         concept_loss_weight: float = 0.1,
         mixing: str = "interleave",
         concept_residual: bool = False,
+        concept_every: int = 1,
         distillation_weight: float = 0.0,
         layer_norm_epsilon: float = 1e-5,
         initializer_range: float = 0.02,
@@ -51,7 +54,8 @@ class CoCoMixConfig(PreTrainedConfig):
         self.vocab_size, self.n_positions = vocab_size, n_positions
         self.concept_dim, self.concept_topk, self.insert_layer = concept_dim, concept_topk, insert_layer
         self.concept_loss_weight, self.mixing = concept_loss_weight, mixing
-        self.concept_residual, self.distillation_weight = concept_residual, distillation_weight
+        self.concept_residual, self.concept_every = concept_residual, concept_every
+        self.distillation_weight = distillation_weight
         self.layer_norm_epsilon, self.initializer_range = layer_norm_epsilon, initializer_range
         self.use_cache = use_cache
         self._check()
@@ -65,7 +69,9 @@ class CoCoMixConfig(PreTrainedConfig):
             raise ValueError(f"mixing is {self.mixing!r}; it must be one of {', '.join(MIXING)}")
         if self.concept_residual and self.mixing in ("add", "predict"):
             raise ValueError(f"concept_residual needs concept positions, which mixing={self.mixing} does not have")
-        for name in ("n_embd", "n_layer", "n_head", "vocab_size", "n_positions"):
+        if self.concept_every > 1 and self.mixing in ("add", "predict"):
+            raise ValueError(f"concept_every needs concept positions, which mixing={self.mixing} does not have")
+        for name in ("n_embd", "n_layer", "n_head", "vocab_size", "n_positions", "concept_every"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         if self.n_embd % self.n_head:
@@ -80,6 +86,16 @@ class CoCoMixConfig(PreTrainedConfig):
             )
 
     @property
+    def layout(self) -> Layout:
+        """Where concept positions stand."""
+        return Layout(self.concept_every)
+
+    @property
+    def concept_tokens(self) -> slice:
+        """The tokens of a window that have a concept, and learn from concept labels."""
+        return self.layout.with_concept()
+
+    @property
     def doubled_from(self) -> int:
-        """Index of the first block that sees 2T positions; n_layer where none does."""
+        """Index of the first block that sees concept positions too; n_layer where none does."""
         return self.insert_layer if doubles_sequence(self.mixing) else self.n_layer

@@ -202,30 +202,48 @@ class CoCoMixModel(CoCoMixPreTrainedModel):
         config = self.config
         cache = given_cache(cache, past_key_values)
         if use_cache or cache is not None:
-            cache = prepare_cache(cache, config.n_layer, config.doubled_from)
+            cache = prepare_cache(cache, config.n_layer, config.doubled_from, config.layout)
         n_past = 0 if cache is None else cache.get_seq_length()
         self._check_length(n_past + input_ids.shape[1])
         positions = token_positions(input_ids, attention_mask, n_past) if position_ids is None else position_ids
         doubled = config.doubled_from < config.n_layer
-        token_mask, doubled_mask = attention_masks(input_ids, attention_mask, n_past, doubled)
+        layout = config.layout if doubled else None
+        token_mask, doubled_mask = attention_masks(input_ids, attention_mask, n_past, layout)
         x = self.wte(input_ids) + self.wpe(positions)
-        concepts, concept_queries = None, False
+        concepts, read = None, None
         for layer, block in enumerate(self.h):
             if layer == config.insert_layer and config.mixing != "none":
-                x, concepts = self._mix(x, concept_labels)
+                x, concepts = self._mix(x, concept_labels, n_past)
             mask = token_mask
             if layer >= config.doubled_from:
-                concept_queries = layer == config.n_layer - 1
-                mask = doubled_mask if doubled_mask is None or not concept_queries else doubled_mask[:, :, 1::2]
+                mask = doubled_mask
+                if layer == config.n_layer - 1:
+                    read = self._reading(input_ids, n_past)
             if self.gradient_checkpointing and self.training and cache is None:
-                x = self._gradient_checkpointing_func(block, x, mask, None, concept_queries)
+                x = self._gradient_checkpointing_func(block, x, mask, None, read)
             else:
-                x = block(x, mask, cache, concept_queries)
+                x = block(x, mask, cache, read)
         concepts = concepts or {}
         return CoCoMixModelOutput(last_hidden_state=self.ln_f(x), **{CACHE_NAME: cache}, **concepts)
 
-    def _mix(self, hidden, labels):
+    def _reading(self, input_ids, n_past):
+        """Which of a call's positions its next tokens are read from: the concepts', where every token has one."""
+        if self.config.concept_every == 1:
+            return slice(1, None, 2)
+        return self.config.layout.reading(input_ids.shape[1], n_past, input_ids.device)
+
+    def _mix(self, hidden, labels, n_past):
         """What block `insert_layer` gets for hidden [B, T, d], and what concepts were predicted."""
+        config = self.config
+        if config.concept_every == 1:
+            return self._with_concepts(hidden, labels)
+        chosen = config.layout.with_concept(n_past)
+        labels = None if labels is None else labels[:, chosen]
+        pairs, concepts = self._with_concepts(hidden[:, chosen], labels)
+        return config.layout.interleave(hidden, pairs[:, 1::2], n_past), concepts
+
+    def _with_concepts(self, hidden, labels):
+        """The hidden states of tokens that all have a concept, mixed, and what concepts were predicted."""
         config = self.config
         if config.mixing == "pause":
             return self.pause_tokens(hidden, config.concept_residual), {}
@@ -303,7 +321,7 @@ class CoCoMixForCausalLM(CoCoMixPreTrainedModel, GenerationMixin):
             targets = _soft_targets(soft_target_ids, soft_target_log_probs, teacher_hidden, teacher_head)
             loss, ntp_loss, distillation_loss = self._next_token_losses(hidden, labels, targets, num_items_in_batch)
         if concept_loss is not None and concept_labels is not None and concept_token_count is not None:
-            labelled = (concept_labels >= 0).any(-1).sum()
+            labelled = (concept_labels[:, self.config.concept_tokens] >= 0).any(-1).sum()
             concept_loss = concept_loss * (labelled / concept_token_count)
         if concept_loss is not None and labels is not None and num_items_in_batch is not None:
             concept_loss = concept_loss * ((labels[:, 1:] != -100).sum() / num_items_in_batch)

@@ -48,8 +48,9 @@ class Run:
             soft_targets_name(config.get("distillation", {}).get("top_k")),
         )
         sources = [f"{kind} {name}" for kind, name in zip((of_labels, soft), names, strict=True) if kind]
-        residual = config.get("model", {}).get("concept_residual", False)
-        title = method_title(method, distils=bool(soft), residual=residual)
+        model = config.get("model", {})
+        residual, every = model.get("concept_residual", False), model.get("concept_every", 1)
+        title = method_title(method, distils=bool(soft), residual=residual, every=every)
         return f"{title} ({', '.join(sources)})" if sources else title
 
     @property

@@ -131,6 +131,7 @@ class TrainStep:
         """Tokens with a label in the whole global batch: what the concept loss of each micro batch is divided by, so
         that any split into ranks and rounds gives the same gradient."""
         count = torch.zeros((), device=self.ranks.device)
+        chosen = self.engine.module.config.concept_tokens
         for batch in micro_batches:
-            count += (batch["concept_labels"] >= 0).any(-1).sum()
+            count += (batch["concept_labels"][:, chosen] >= 0).any(-1).sum()
         return self.ranks.sum(count).clamp(min=1)

@@ -181,9 +181,9 @@ def interleaved_attention(
 ) -> Tensor:
     """Softmax attention over interleaved hidden states (even positions) and concepts (odd positions).
 
-    k, v [B, 2T, H, D]. q [B, 2T, H, D]: ordinary causal attention -> [B, 2T, H, D]. q [B, T, H, D]: concept queries,
-    row t sits at position 2t + 1 and sees positions 0..2t+1 -> [B, T, H, D]. One floating dtype; `scale` defaults to
-    1/sqrt(D). Gradients reach q, k and v.
+    k, v [B, S, H, D]. q [B, S, H, D]: ordinary causal attention -> [B, S, H, D]. q [B, T, H, D] with S = 2T: concept
+    queries, row t sits at position 2t + 1 and sees positions 0..2t+1 -> [B, T, H, D]. One floating dtype; `scale`
+    defaults to 1/sqrt(D). Gradients reach q, k and v.
 
     Backends: "torch" (scaled_dot_product_attention as PyTorch chooses); "triton" (not for float64 or D > 128;
     deterministic); for every query also "flash" (flash_attn 4 or 2, where installed) and "cudnn"
@@ -195,9 +195,9 @@ def interleaved_attention(
     """
     sizes = check_shapes("interleaved_attention", k=(k, "B S H D"), v=(v, "B S H D"))
     check_same("interleaved_attention", q=q, k=k, v=v)
-    if sizes["S"] % 2:
-        raise ValueError(f"interleaved_attention: k has {sizes['S']} positions, expected an even number (2T)")
     length = sizes["S"] if q.dim() == 4 and q.shape[1] == sizes["S"] else sizes["S"] // 2
+    if length < sizes["S"] and sizes["S"] % 2:
+        raise ValueError(f"interleaved_attention: k has {sizes['S']} positions, expected an even number (2T)")
     check_shapes("interleaved_attention", k=(k, "B S H D"), q=(q, f"B {length} H D"))
     concept_queries = length < sizes["S"]
     name = "interleaved_attention" + " of concept queries" * concept_queries

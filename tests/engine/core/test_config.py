@@ -335,6 +335,14 @@ def test_numbers_that_are_none_are_refused(write, value):
             ["model.mixing=add", "model.concept_residual=true"],
             "model.concept_residual needs concept positions, which model.mixing=add does not have",
         ),
+        (
+            ["model.mixing=predict", "model.concept_every=2"],
+            "model.concept_every needs concept positions, which model.mixing=predict does not have",
+        ),
+        (
+            ["model.concept_every=9", "data.seq_len=8"],
+            "model.concept_every (9) must be at most data.seq_len (8): no window would have a concept position",
+        ),
         (["model.insert_layer=8"], "model.insert_layer (8) must be at least 0 and below model.n_layer (8)"),
         (["model.insert_layer=-1"], "model.insert_layer (-1) must be at least 0 and below model.n_layer (8)"),
         (["model.concept_dim=31"], "model.concept_topk (32) must be at most model.concept_dim (31)"),

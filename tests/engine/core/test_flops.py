@@ -42,6 +42,22 @@ def test_arithmetic_over_next_token_predictions_at_the_papers_sizes(shape, cache
     assert training_flops(shape, GPT2) / ntp == pytest.approx(online, abs=0.005)
 
 
+@pytest.mark.parametrize(
+    "shape, ratios",
+    [
+        (paper(512, 8, 3), (1.32, 1.16, 1.08)),
+        (paper(1024, 24, 5), (1.41, 1.20, 1.10)),
+        (paper(2048, 24, 5), (1.40, 1.20, 1.10)),
+    ],
+)
+def test_fewer_concept_positions_cost_less(shape, ratios):
+    found = [
+        training_flops(StudentShape(**{**shape.__dict__, "concept_every": every})) / (6 * ntp_forward(shape))
+        for every in (2, 4, 8)
+    ]
+    assert found == pytest.approx(ratios, abs=0.02)
+
+
 def test_parts_add_up_and_a_plain_model_has_no_concepts():
     shape = paper(512, 8, 3)
     assert sum(forward_parts(shape).values()) == cocomix_forward(shape)
@@ -66,12 +82,14 @@ def test_parameters_are_those_of_the_real_model_one_by_one(mixing):
 
 
 @pytest.mark.parametrize("insert_layer", [0, 1, 3])
-@pytest.mark.parametrize("mixing", MIXING)
-def test_training_flops_are_those_that_pytorchs_counter_counts(mixing, insert_layer):
+@pytest.mark.parametrize(
+    "mixing, every", [*((mixing, 1) for mixing in MIXING), ("interleave", 2), ("interleave", 4), ("pause", 3)]
+)
+def test_training_flops_are_those_that_pytorchs_counter_counts(mixing, every, insert_layer):
     """Forward and backward pass of the model. Counted are all products with weights, both products of attention over
     the causal half, and the heads' products; the compress layer's gather is not a product for the counter."""
     length, rows = 256, 2
-    shape, model = build(mixing, length, insert_layer=insert_layer)
+    shape, model = build(mixing, length, insert_layer=insert_layer, concept_every=every)
     ids = torch.randint(shape.vocab_size, (rows, length))
     labels = torch.randint(shape.concept_dim, (rows, length, 3))
     counted, seen = count_flops(lambda: model(ids, labels=ids, concept_labels=labels).loss.backward())

@@ -61,6 +61,9 @@ def paper_job(size="69m", cluster="h100", *overrides):
         ("predict", 256, 4, 1, False, {"concept_dim": 16384, "vocab_size": 500}),
         ("pause", 128, 8, 1, False, {}),
         ("pause", 128, 8, 1, True, {}),
+        ("interleave", 128, 8, 1, False, {"concept_every": 2}),
+        ("interleave", 128, 8, 1, False, {"concept_every": 4, "concept_residual": True}),
+        ("pause", 128, 8, 1, True, {"concept_every": 4}),
     ],
 )
 def test_memory_of_one_process_is_what_a_step_holds(mixing, seq_len, rows, rounds, checkpointing, more):

@@ -1,11 +1,14 @@
 """The concepts of a text: as the model keeps them, with the teacher's labels."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from run_helpers import SEQ_LEN
 from usable_helpers import world_of_runs
 
+from cocomix import CoCoMixForCausalLM
 from cocomix.core.errors import CocomixError
 from cocomix.inference.concept_reading import agreement, compress_norms, ignored, read_text
 from cocomix.inference.loading import load_teacher, load_usable
@@ -73,3 +76,10 @@ def test_norms_are_those_of_the_rows_and_small_ones_count_as_ignored(usable):
     norms = compress_norms(usable.model)
     assert norms[11].item() == pytest.approx(usable.model.transformer.compress_layer.weight[11].norm().item())
     assert ignored(np.array([1.0, 1.0, 2.0, 0.05, 0.15])).tolist() == [False, False, False, True, False]
+
+
+def test_a_model_that_has_no_concept_at_some_tokens_is_refused(usable):
+    config = copy.deepcopy(usable.model.config)
+    config.concept_every = 2
+    with pytest.raises(CocomixError, match="a concept after every 2 tokens alone.*--corpus"):
+        read_text(usable._replace(model=CoCoMixForCausalLM(config)), "some text", 100)

@@ -1,5 +1,6 @@
 """The survey of a corpus: how often concepts fire, and where most."""
 
+import copy
 import shutil
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from run_helpers import LATENTS, SEQ_LEN, World
 from usable_helpers import world_of_runs
 
+from cocomix import CoCoMixForCausalLM
 from cocomix.cli import main
 from cocomix.core.errors import CocomixError
 from cocomix.data.token_files import TokenFiles
@@ -70,6 +72,22 @@ def test_a_survey_counts_and_finds_the_strongest_place_of_each_window(world, usa
             assert any(weight == pytest.approx(context.weight, abs=1e-5) for weight, _ in places_like_it)
         assert found.followed[concept].histogram.counts.sum() == fired[concept]
         assert found.followed[concept].total == pytest.approx(sum(w for w, *_ in places[concept]), abs=1e-3)
+
+
+def test_places_are_tokens_where_only_some_have_a_concept(world, usable):
+    config = copy.deepcopy(usable.model.config)
+    config.concept_every = 3
+    model = CoCoMixForCausalLM(config).eval()
+    model.load_state_dict(usable.model.state_dict())
+    corpus = Corpus(world.folder / "data", usable.tokenizer, SEQ_LEN, max_tokens=6 * SEQ_LEN, batch=2)
+    found = survey(model, corpus, range(LATENTS), n_contexts=50)
+    assert found.n_tokens == 6 * (SEQ_LEN // 3) and found.fired.sum() == K * found.n_tokens
+    windows = [row for rows in corpus.batches() for row in rows]
+    for concept, followed in found.followed.items():
+        for place in followed.contexts:
+            assert len(place.ids) % 3 == 0  # the text up to it ends with a token that has a concept
+            [window] = [w for w in windows if w[: len(place.ids)].tolist() == place.ids.tolist()]
+            assert concept in model(torch.from_numpy(window)[None]).concept_indices[0, len(place.ids) // 3 - 1]
 
 
 def test_a_corpus_may_be_a_text_or_a_folder_and_ends_after_so_many_tokens(world, usable, tmp_path):

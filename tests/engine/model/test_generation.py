@@ -21,9 +21,17 @@ EVERY_KIND = [
     ("pause", 0),
     ("pause", 2),
     ("pause residual", 1),
+    ("interleave every-2", 0),
+    ("interleave residual every-3", 1),
+    ("interleave every-2", 2),
+    ("pause every-4", 1),
     ("none", 0),
 ]
 every_kind = pytest.mark.parametrize("mixing, insert_layer", EVERY_KIND)
+# With fewer concepts than tokens, padding on the left would move them.
+every_kind_that_pads = pytest.mark.parametrize(
+    "mixing, insert_layer", [kind for kind in EVERY_KIND if "every" not in kind[0]]
+)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -77,7 +85,7 @@ def test_beams_are_the_same_with_and_without_a_cache(mixing, insert_layer):
     assert torch.equal(*(greedy(model, ids, 5, num_beams=3, use_cache=use_cache) for use_cache in (True, False)))
 
 
-@every_kind
+@every_kind_that_pads
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_left_padded_prompts_go_on_as_they_would_alone(mixing, insert_layer, use_cache):
     model = small_model(**method_settings(mixing), insert_layer=insert_layer)
@@ -89,7 +97,7 @@ def test_left_padded_prompts_go_on_as_they_would_alone(mixing, insert_layer, use
         assert torch.equal(together[row, 5:], greedy(model, prompt[None], 6)[0, len(prompt) :]), row
 
 
-@every_kind
+@every_kind_that_pads
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_no_logits_of_the_tokens(mixing, insert_layer, side):
     model = small_model(**method_settings(mixing), insert_layer=insert_layer)
@@ -161,7 +169,26 @@ def test_training_returns_no_cache_and_inference_does():
 # --- everything together: batches of unlike prompts, cached, searched and sampled
 
 
-@every_kind
+@pytest.mark.parametrize("every", [2, 3])
+def test_padding_that_would_move_concept_positions_is_refused(every):
+    model = small_model(**method_settings(f"interleave residual every-{every}"), insert_layer=1)
+    ids, _ = batch(model.config, n_rows=1, length=5)
+    alone = model(ids).logits[0]
+    for padding in range(1, 7):
+        padded, mask = left_padded([ids[0]], 5 + padding)
+        if padding % every:
+            with pytest.raises(
+                ValueError, match=f"must be a multiple of concept_every={every} tokens.*\\[{padding}\\]"
+            ):
+                model(padded, attention_mask=mask)
+            continue
+        torch.testing.assert_close(model(padded, attention_mask=mask).logits[0, padding:], alone, rtol=0, atol=1e-5)
+    on_the_right = torch.cat([ids, ids[:, :3]], 1)
+    mask = torch.tensor([[1] * 5 + [0] * 3])
+    torch.testing.assert_close(model(on_the_right, attention_mask=mask).logits[0, :5], alone, rtol=0, atol=1e-5)
+
+
+@every_kind_that_pads
 def test_every_row_of_a_padded_batch_has_the_logits_that_it_has_alone_at_every_cached_step(mixing, insert_layer):
     model = small_model(**method_settings(mixing), insert_layer=insert_layer)
     full, _ = batch(model.config, n_rows=3, length=11)

@@ -16,6 +16,8 @@ from cocomix_kernels import interleaved_attention
 METHODS = [  # as settings of a model
     *({"mixing": mixing} for mixing in MIXING),
     *({"mixing": mixing, "concept_residual": True} for mixing in ("interleave", "pause")),
+    *({"mixing": mixing, "concept_every": every} for mixing in ("interleave", "pause") for every in (2, 3)),
+    {"mixing": "interleave", "concept_residual": True, "concept_every": 4},
 ]
 MIXED = [(method, layer) for method in METHODS if method["mixing"] != "none" for layer in range(SMALL["n_layer"])]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: "-".join(map(str, method.values())))
@@ -129,7 +131,7 @@ def test_a_window_of_one_token_predicts_nothing_and_still_trains(method):
     assert out.ntp_loss == 0
     assert model(ids).logits.shape == (2, 1, SMALL["vocab_size"])
     if predicts_concepts(method["mixing"]):
-        assert out.concept_loss > 0
+        assert (out.concept_loss > 0) == (method.get("concept_every", 1) == 1)  # else no token here has a concept
         assert_close(out.loss, 0.1 * out.concept_loss)
     assert all(torch.isfinite(gradient).all() for gradient in found.values())
 
@@ -393,6 +395,11 @@ def test_a_saved_config_keeps_every_setting(tmp_path):
             {"mixing": "add", "concept_residual": True},
             "concept_residual needs concept positions, which mixing=add",
         ),
+        (
+            {"mixing": "predict", "concept_every": 2},
+            "concept_every needs concept positions, which mixing=predict",
+        ),
+        ({"concept_every": 0}, "concept_every must be positive, not 0"),
         ({"mixing": "both"}, "mixing is 'both'; it must be one of interleave, add, predict, pause, none"),
         ({"n_embd": 30, "n_head": 4}, r"n_embd \(30\) must be a multiple of n_head \(4\)"),
         ({"insert_layer": 3}, r"insert_layer \(3\) must be >= 0 and below n_layer \(3\)"),
@@ -413,3 +420,37 @@ def test_settings_that_contradict_each_other_are_refused(settings, message):
 
 def test_the_plain_model_does_not_mind_concept_settings():
     CoCoMixConfig(**{**SMALL, "mixing": "none", "insert_layer": 99, "concept_topk": 99})
+
+
+@pytest.mark.parametrize("mixing", ["interleave", "pause"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_concept_after_every_token_is_the_method_as_it_was_bit_for_bit(mixing, residual, monkeypatch):
+    """By the general layout, one token a concept, against the pairs that the kernels know."""
+    model = small_model(torch.float64, mixing=mixing, concept_residual=residual)
+    ids, labels = batch(model.config)
+    expected, gradients_of = losses_and_gradients(model, ids, labels)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.transformer), "_mix", lambda self, x, labels, _: mixed_by_layout(self, x, labels))
+        found, same = losses_and_gradients(model, ids, labels)
+    assert torch.equal(found.loss, expected.loss)
+    assert all(torch.equal(same[name], gradient) for name, gradient in gradients_of.items())
+
+
+def mixed_by_layout(transformer, hidden, labels):
+    pairs, concepts = transformer._with_concepts(hidden, labels)
+    return transformer.config.layout.interleave(pairs[:, 0::2], pairs[:, 1::2]), concepts
+
+
+def test_with_a_zero_compress_layer_and_one_block_the_residual_form_is_next_token_prediction_for_any_spacing():
+    """Keys come in equal pairs at some tokens alone, so only tokens whose keys all do keep their weights."""
+    plain = small_model(torch.float64, mixing="none")
+    for every in (1, 12):
+        model = small_model(
+            torch.float64, mixing="interleave", concept_residual=True, insert_layer=2, concept_every=every
+        )
+        model.load_state_dict(plain.state_dict(), strict=False)
+        with torch.no_grad():
+            for parameter in (*model.transformer.compress_layer.parameters(), model.transformer.pre_bias):
+                parameter.zero_()
+        ids, _ = batch(model.config, length=11)  # with a concept after each token, and with none
+        assert_close(model(ids).logits, plain(ids).logits, rtol=0, atol=1e-10)

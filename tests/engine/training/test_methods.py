@@ -85,6 +85,7 @@ METHODS = {
     "pause": ("model.mixing=pause",),
     "residual": ("model.concept_residual=true", labels),
     "paused residual": ("model.mixing=pause", "model.concept_residual=true"),
+    "spaced": ("model.concept_every=3", "model.concept_residual=true", labels),
     "predict": ("model.mixing=predict", labels),
     "distilled online": (*DISTILLED,),
     "distilled cached": (*DISTILLED, soft),
@@ -99,6 +100,7 @@ METHODS = {
         *((method, 1) for method in METHODS),
         ("pause", 3),
         ("residual", 3),
+        ("spaced", 3),
         ("predict", 3),
         ("distilled whole", 0),
         ("distilled whole", 2),
@@ -140,7 +142,7 @@ def test_every_method_trains_alike_on_two_processes(world):
     }
     runs = {
         f"{name}-on-two-{zero}": [*methods[name], *stage(zero), "train.micro_batch=2"]
-        for name in ("pause", "residual", "predict", "distilled whole", "distilled CoCoMix")
+        for name in ("pause", "residual", "spaced", "predict", "distilled whole", "distilled CoCoMix")
         for zero in (1, 3)
     }
     world.train_on(2, runs)
@@ -153,7 +155,7 @@ def test_every_method_trains_alike_on_two_processes(world):
             np.testing.assert_allclose(world.losses(run, key), world.losses(alone, key), rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["pause", "residual", "predict", "distilled cached", "distilled whole"])
+@pytest.mark.parametrize("method", ["pause", "residual", "spaced", "predict", "distilled cached", "distilled whole"])
 def test_bf16_stays_near_fp32(world, method):
     overrides = [item if isinstance(item, str) else item(world) for item in METHODS[method]]
     assert world.train(f"{method}-fp32", *overrides) == 0

@@ -183,10 +183,12 @@ def test_what_does_not_fit_is_refused_by_name(change, message):
         interleaved_attention(**(fitting | change))
 
 
-def test_an_odd_number_of_positions_is_refused():
-    qkv = [torch.randn(2, 7, 3, 8)] * 3
+def test_an_odd_number_of_positions_has_no_concept_queries():
+    q, k = torch.randn(2, 3, 3, 8), torch.randn(2, 7, 3, 8)
     with pytest.raises(ValueError, match=r"k has 7 positions, expected an even number \(2T\)"):
-        interleaved_attention(*qkv)
+        interleaved_attention(q, k, k)
+    expected = F.scaled_dot_product_attention(*(k.transpose(1, 2),) * 3, is_causal=True).transpose(1, 2)
+    torch.testing.assert_close(interleaved_attention(k, k, k), expected)
 
 
 @FORMS
