@@ -160,6 +160,7 @@ def _mean_evaluation(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _means(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """The mean of each number that all records have."""
+    """The mean of each number that all records have; where they agree, as steps and tokens do, that number."""
     shared = [key for key in records[0] if all(is_number(record.get(key)) for record in records)]
-    return {key: statistics.fmean(record[key] for record in records) for key in shared}
+    values = {key: [record[key] for record in records] for key in shared}
+    return {key: found[0] if len(set(found)) == 1 else statistics.fmean(found) for key, found in values.items()}

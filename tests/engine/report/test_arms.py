@@ -87,6 +87,7 @@ def test_a_repeated_run_stays_apart(tmp_path):
 
 def test_the_table_has_a_row_for_all_seeds_with_the_best_and_the_worst(seeds):
     table = comparison_table([*seeds[0], *seeds[1]])
+    assert "Validation perplexity after 819,200 training tokens" in table
     row = next(line for line in table.splitlines() if line.startswith("CoCoMix"))
     losses = [run.evaluations[-1]["loss"] for run in seeds[1]]
     mean, low, high = (f"{math.exp(loss):.2f}" for loss in (np.mean(losses), min(losses), max(losses)))
