@@ -59,7 +59,7 @@ def public_student(model):
         return hidden + public_way.compress(*concepts)
 
     def all_queries(x, mask=None, cache=None, read=None, block=last.forward):
-        out = block(x, mask, cache, False)
+        out = block(x, mask, cache)
         return out if read is None else out[:, read]
 
     replaced = {head: predict, compress: mix, lm_head: functools.partial(_loss_of_logits, lm_head.weight)}

@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ from cocomix.costs.memory_check import memory_warning
 
 
 @pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("source", [None, "runs/full"])
 @pytest.mark.parametrize("code", [0, 75])
-def test_it_trains_by_the_config_and_hands_on_the_exit_code(world, monkeypatch, resume, code):
+def test_it_trains_by_the_config_and_hands_on_the_exit_code(world, monkeypatch, resume, source, code):
     calls = record_call(monkeypatch, "cocomix.training.trainer.train", result=code)
-    assert call(world, "train", "train.lr=0.5", *(["--resume"] if resume else [])) == code
-    assert calls == [(world.load("train.lr=0.5"), resume, memory_warning)]
+    options = [*["--resume"] * resume, *(["--branch-from", source] if source else [])]
+    assert call(world, "train", "train.lr=0.5", *options) == code
+    assert calls == [(world.load("train.lr=0.5"), resume, source and Path(source), memory_warning)]
 
 
 @pytest.mark.parametrize(

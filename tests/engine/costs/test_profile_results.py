@@ -20,6 +20,7 @@ def test_a_profile_is_read_as_it_was_written(tmp_path):
     assert written["kind"] == "profile" and list(written["methods"]) == list(found.methods)
     old = json.loads(OLD.read_text())
     assert written["student"].pop("concept_residual") is False  # which 0.1 did not have
+    assert written["student"].pop("concept_every") == 1
     assert written.pop("teacher_product_flops_per_s") is written["settings"].pop("teacher_precision") is None
     assert {name: old[name] for name in written if name != "methods"} | {"methods": old["modes"]} == written
 
