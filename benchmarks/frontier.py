@@ -46,25 +46,18 @@ FULL = "full"  # the run of a family that trains for all tokens
 class Family:
     """The runs of a method and a seed: the longest first, then those that begin with a checkpoint of it."""
 
-    method: str
-    seed: int
-    folder: Path
-    commands: list[list[str]]
+    commands: dict[Path, list[str]]  # by the run's folder
 
     @property
-    def runs(self) -> list[Path]:
-        """The runs' folders."""
-        return sorted(path.parent for path in self.folder.glob("*/run.json"))
+    def missing(self) -> list[list[str]]:
+        """The commands of runs that have no model yet. A finished run is not started again: where its checkpoints are
+        gone it would begin anew."""
+        return [command for run, command in self.commands.items() if not (run / "model/config.json").exists()]
 
     def drop_checkpoints(self) -> None:
-        """Delete the checkpoints of finished runs."""
-        for run in self.runs:
+        """Delete the checkpoints, which nothing begins with any more."""
+        for run in self.commands:
             shutil.rmtree(run / "checkpoints", ignore_errors=True)
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether every run has its model."""
-        return len(self.runs) == len(self.commands) and all((run / "model/config.json").exists() for run in self.runs)
 
 
 def main(arguments=None) -> int:
@@ -76,7 +69,7 @@ def main(arguments=None) -> int:
             for command in preparation:
                 print(shlex.join(command))
             for family in families:
-                print(" && ".join(shlex.join(command) for command in family.commands))
+                print(" && ".join(shlex.join(command) for command in family.commands.values()))
             return 0
         return run(preparation, families, out, options.jobs)
     except CocomixError as error:
@@ -148,19 +141,19 @@ def preparation(folder: Path, configs: dict[Path, Config], overrides: list[str])
 def family(method: str, seed: int, path: Path, config: Config, options) -> Family:
     """The commands of a method's runs with a seed, the longest first."""
     folder = Path(config.out) / "runs" / method / f"seed-{seed}"
-    commands = []
+    commands = {}
     for budget in sorted({*options.budgets, 1.0}, reverse=True):
         tokens = round(budget * config.total_steps) * config.tokens_per_step
         run = folder / (FULL if budget == 1 else f"{tokens}-tokens")
         command = [*COCOMIX, "train", str(path), *options.overrides, f"train.seed={seed}", f"train.run={run}"]
         command += [f"train.tokens={tokens}", "--resume"]
-        commands.append(command if budget == 1 else [*command, "--branch-from", str(folder / FULL)])
-    return Family(method, seed, folder, commands)
+        commands[run] = command if budget == 1 else [*command, "--branch-from", str(folder / FULL)]
+    return Family(commands)
 
 
 def run(preparation: list[list[str]], families: list[Family], out: Path, jobs: int) -> int:
     """Everything that is missing, then the report."""
-    todo = [family for family in families if not family.is_finished]
+    todo = [family for family in families if family.missing]
     interrupted = threading.Event()
     with forwarded_interrupts(interrupted):
         if todo:
@@ -171,7 +164,7 @@ def run(preparation: list[list[str]], families: list[Family], out: Path, jobs: i
             done = list(pool.map(lambda family: complete(family, jobs, interrupted), todo))
         if not all(done):
             return stopped()
-        runs = [str(run) for family in families for run in family.runs]
+        runs = [str(run) for family in families for run in family.commands]
         report = [*COCOMIX, "report", *runs, "--out", str(out / "report"), "--json", str(out / "comparison.json")]
         return 0 if call(report, interrupted) else stopped()
 
@@ -179,7 +172,7 @@ def run(preparation: list[list[str]], families: list[Family], out: Path, jobs: i
 def complete(family: Family, jobs: int, interrupted: threading.Event) -> bool:
     """Train the family's runs one after the other; whether all have finished."""
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-    for command in family.commands:
+    for command in family.missing:
         if not call(command, interrupted, threads):
             return False
     family.drop_checkpoints()

@@ -85,6 +85,11 @@ def test_the_whole_frontier_in_miniature_goes_on_after_an_interrupt(folder):
     assert (folder / "out/report/report.html").exists()
     again = subprocess.run(command(folder, *options), env=environment(threads=1), capture_output=True, text=True)
     assert again.returncode == 0 and again.stdout.count("+ cocomix") == 1  # the report alone
+    kept = (runs / "ntp/seed-0/full/metrics.jsonl").read_text()
+    more = [*options[:1], "ntp", "--seeds", "0", "--budgets", "0.8,1"]  # one more, whose checkpoints are gone
+    late = subprocess.run(command(folder, *more), env=environment(threads=1), capture_output=True, text=True)
+    assert late.returncode == 2 and "has no complete checkpoint to begin with" in late.stderr
+    assert (runs / "ntp/seed-0/full/metrics.jsonl").read_text() == kept
 
 
 def test_what_a_cluster_would_run_is_listed(folder, capsys):

@@ -36,6 +36,11 @@ class Arm:
         return ", ".join([self.first.title, *(f"{count} {what}" for count, what in counts if count > 1)])
 
     @property
+    def has_budgets(self) -> bool:
+        """Whether the curve holds ends of runs, each with a rate that has fallen, and not one run's way to its end."""
+        return len(_budgets(self.runs)) > 1
+
+    @property
     def is_baseline(self) -> bool:
         """Whether this is plain next-token prediction."""
         return self.first.is_baseline
@@ -50,7 +55,7 @@ class Arm:
     @cached_property
     def curves(self) -> dict[Any, list[dict[str, Any]]]:
         """Evaluations by seed, in order of tokens."""
-        if len(_budgets(self.runs)) == 1:
+        if not self.has_budgets:
             return {seed: run.evaluations for seed, (run,) in self._by_seed.items()}
         return {
             seed: [run.evaluations[-1] for run in sorted(runs, key=_budget)] for seed, runs in self._by_seed.items()
@@ -69,7 +74,7 @@ class Arm:
     @property
     def train(self) -> list[dict[str, Any]]:
         """Training lines: the means over seeds at one budget, those of the longest run where there are several."""
-        if len(_budgets(self.runs)) > 1:
+        if self.has_budgets:
             return max(self.runs, key=_budget).train
         by_step = [{record["step"]: record for record in run.train} for run in self.runs]
         common = set.intersection(*(set(lines) for lines in by_step))
@@ -101,8 +106,9 @@ class Arm:
 
 
 def arms(runs: Iterable[Run]) -> list[Arm]:
-    """The runs by method, in the order of their first ones. Runs that repeat a seed and a budget stay apart, and so do
-    unfinished runs where there are several budgets, since only the end of such a run tells."""
+    """The runs by method, in the order of their first ones. Runs stay apart where they repeat a seed and a budget, or
+    have no evaluation at equal tokens, and so do unfinished ones where there are several budgets, since only the end of
+    such a run tells."""
     alike: dict[tuple, list[Run]] = {}
     for run in runs:
         alike.setdefault((run.title, _method_settings(run)), []).append(run)
@@ -118,7 +124,8 @@ def _together(group: list[Run]) -> list[Run]:
     """Those of a method's runs that make one arm."""
     if len({(setting(run, _SEED), _budget(run)) for run in group}) < len(group):
         return []
-    return group if len(_budgets(group)) == 1 else [run for run in group if run.summary]
+    finished = group if len(_budgets(group)) == 1 else [run for run in group if run.summary]
+    return finished if finished and Arm(tuple(finished)).evaluations else []
 
 
 def arm_titles(compared: list[Arm]) -> list[str]:

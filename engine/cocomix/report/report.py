@@ -97,6 +97,9 @@ def _saving_notes(compared: list[Arm], names: list[str]) -> list[str]:
                 f"{ntp} (a saving {_bounds(found)}).{_at_its_cost(found, arm, baseline, time_ratio)}"
             )
             continue
+        if arm.has_budgets != baseline.has_budgets:
+            notes.append(f"{name} and {ntp} were not both trained for several budgets: no saving in tokens is told.")
+            continue
         lowest, first = min(e["loss"] for e in arm.evaluations), baseline.evaluations[0]["loss"]
         if lowest > first and len(baseline.evaluations) > 1:  # of a single evaluation there is no more to say
             notes.append(

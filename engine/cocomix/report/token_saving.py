@@ -35,7 +35,10 @@ class Saving:
 
 def arm_saving(arm: Arm, baseline: Arm) -> Saving | None:
     """The mean saving of the arm's seeds, each against the baseline's of that seed, or where it has none against the
-    baseline's mean. None where a seed has no saving that can be told."""
+    baseline's mean. None where a seed has no saving that can be told, and where one of the two curves holds ends of
+    several budgets and the other a run's way to its end, at rates that had not fallen yet."""
+    if arm.has_budgets != baseline.has_budgets:
+        return None
     found = [saving(curve, baseline.curves.get(seed, baseline.evaluations)) for seed, curve in arm.curves.items()]
     known = [one for one in found if one is not None]
     if not known or len(known) < len(found):

@@ -441,8 +441,8 @@ def mixed_by_layout(transformer, hidden, labels):
     return transformer.config.layout.interleave(pairs[:, 0::2], pairs[:, 1::2]), concepts
 
 
-def test_with_a_zero_compress_layer_and_one_block_the_residual_form_is_next_token_prediction_for_any_spacing():
-    """Keys come in equal pairs at some tokens alone, so only tokens whose keys all do keep their weights."""
+def test_with_a_zero_compress_layer_and_one_block_the_residual_form_is_next_token_prediction():
+    """With a concept at every token, or none in the window: else keys come in equal pairs at some tokens alone."""
     plain = small_model(torch.float64, mixing="none")
     for every in (1, 12):
         model = small_model(
@@ -452,5 +452,5 @@ def test_with_a_zero_compress_layer_and_one_block_the_residual_form_is_next_toke
         with torch.no_grad():
             for parameter in (*model.transformer.compress_layer.parameters(), model.transformer.pre_bias):
                 parameter.zero_()
-        ids, _ = batch(model.config, length=11)  # with a concept after each token, and with none
+        ids, _ = batch(model.config, length=11)
         assert_close(model(ids).logits, plain(ids).logits, rtol=0, atol=1e-10)

@@ -42,11 +42,22 @@ def test_seeds_of_a_method_are_one_arm_whose_curve_is_their_mean_with_its_ends(s
 
 
 def test_evaluations_that_a_seed_lacks_are_left_out(tmp_path):
-    short, long = seeded(tmp_path, 0, steps=150), seeded(tmp_path, 1, steps=200)
-    for run in (short, long):
-        run.record.config["train"]["tokens"] = 1
-    [arm] = arms([short, long])
-    assert len(arm.curves) == 2
+    runs = [seeded(tmp_path, seed) for seed in (0, 1)]
+    del runs[1].evaluations[1]
+    [arm] = arms(runs)
+    assert [record["tokens"] for record in arm.evaluations] == [e["tokens"] for e in runs[1].evaluations]
+
+
+def test_seeds_without_evaluations_at_equal_tokens_stay_apart(tmp_path):
+    runs = [seeded(tmp_path, 0, steps=150), seeded(tmp_path, 1, steps=200)]
+    assert [arm.runs for arm in arms(runs)] == [(run,) for run in runs]
+
+
+def test_ends_of_several_budgets_are_not_compared_with_one_runs_way(tmp_path):
+    ntp = [seeded(tmp_path, 0, steps=steps) for steps in (100, 200)]
+    table = comparison_table([*ntp, seeded(tmp_path, 0, "interleave", offset=-0.1)])
+    assert "were not both trained for several budgets: no saving in tokens is told." in table
+    assert "reaches a validation loss" not in table
 
 
 def test_budgets_are_one_arm_whose_curve_is_their_ends(tmp_path):

@@ -64,7 +64,7 @@ def test_the_saving_lies_within_its_bounds_whatever_the_curves(losses, others):
 
 def arm(**curves):
     """Curves by seed."""
-    return SimpleNamespace(curves=curves, evaluations=next(iter(curves.values())))
+    return SimpleNamespace(has_budgets=False, curves=curves, evaluations=next(iter(curves.values())))
 
 
 def test_each_seed_is_compared_with_the_same_seed_of_the_baseline():

@@ -36,6 +36,19 @@ def test_a_shorter_budget_begins_with_a_longer_run_and_ends_as_if_it_had_trained
     assert load_run(world.folder / run).summary["step"] == STEPS
 
 
+@pytest.mark.slow
+def test_two_ranks_branch_as_one_does(world):
+    settings = [*uneven(world), *STABLE, "train.micro_batch=2"]
+    runs = {
+        "source-on-two": [*settings, LONG],
+        "branch-on-two": [*settings, "--branch-from", str(world.folder / "source-on-two")],
+        "alone-on-two": settings,
+    }
+    world.train_on(2, runs)
+    assert_equal_runs(world, "branch-on-two", "alone-on-two")
+    assert load_run(world.folder / "branch-on-two").record.branched_from.step == 8
+
+
 def test_an_interrupted_branch_goes_on_where_it_stopped(world, monkeypatch):
     source = long_run(world)
     with monkeypatch.context() as patch:

@@ -259,6 +259,27 @@ def test_a_residual_run_goes_on_bit_for_bit_and_is_used_like_any_other(world, mo
     assert main(["concepts", str(run), "--text", "the cat", "--out", str(out / "concepts.html")]) == 0
 
 
+def test_a_run_with_fewer_concepts_than_tokens_is_used_like_any_other(world, monkeypatch, capsys):
+    spaced = ["model.concept_every=3", labels(world)]
+    assert world.train("spaced-whole", *spaced) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        assert world.train("spaced-resumed", *spaced) == EXIT_RESUME
+    assert world.train("spaced-resumed", labels(world), resume=True) == 2
+    assert "model.concept_every was 3 and is 1" in capsys.readouterr().err
+    assert world.train("spaced-resumed", *spaced, resume=True) == 0
+    assert_equal_runs(world, "spaced-whole", "spaced-resumed")
+    run, out = world.folder / "spaced-whole", world.folder / "spaced-exported"
+    assert main(["export", str(run), str(out)]) == 0
+    assert AutoModelForCausalLM.from_pretrained(out).config.concept_every == 3
+    assert main(["eval", str(out), "--data", str(world.folder / "data")]) == 0
+    # one token at a time, most of which have no concept to steer
+    assert main(["generate", str(run), "--prompt", "the cat", "--max-new-tokens", "7", "--steer", "3=force:9"]) == 0
+    assert main(["concepts", str(run), "--text", "the cat", "--out", str(out / "concepts.html")]) == 2
+    assert "a concept after every 3 tokens alone" in capsys.readouterr().err
+    assert not (out / "concepts.html").exists()
+
+
 def test_another_weight_is_another_run(world, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
@@ -272,6 +293,7 @@ def test_the_report_names_methods_and_compares_them_with_plain_prediction(world)
         "ntp": ["model.mixing=none"],
         "paused": ["model.mixing=pause"],
         "residual": ["model.concept_residual=true", labels(world)],
+        "spaced": ["model.concept_every=4", labels(world)],
         "paused residual": ["model.mixing=pause", "model.concept_residual=true"],
         "predicted": ["model.mixing=predict", labels(world)],
         "distilled": [*DISTILLED, soft(world)],
@@ -283,6 +305,7 @@ def test_the_report_names_methods_and_compares_them_with_plain_prediction(world)
         "NTP",
         "pause tokens",
         "CoCoMix with residual (cached labels)",
+        "CoCoMix with a position every 4 tokens (cached labels)",
         "pause tokens with residual",
         "concept prediction (cached labels)",
         f"NTP with distillation (cached top-{TOP} soft targets)",
@@ -338,5 +361,6 @@ def test_methods_differ_as_their_descriptions_say():
     assert [m for m in MIXING if mixes_concepts(m)] == ["interleave", "add"]
     titles = [method_title(m, d, r) for m in MIXING for d in (False, True) for r in {False, doubles_sequence(m)}]
     assert len(set(titles)) == len(titles) == 14
-    assert method_title("none", residual=True) == "NTP"
+    assert method_title("none", residual=True, every=4) == "NTP"
+    assert method_title("pause", every=4) == "pause tokens with a position every 4 tokens"
     assert method_title("interleave", True, True) == "CoCoMix with residual and distillation"
