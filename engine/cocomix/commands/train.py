@@ -21,7 +21,8 @@ def add_arguments(parser):
         type=Path,
         metavar="RUN",
         help="begin with a checkpoint of another run: the newest until which both have the same learning rates. With "
-        "train.schedule=wsd one long run serves shorter ones, which then only have to decay (train.tokens)",
+        "train.schedule=wsd one long run serves shorter ones, which then only have to decay (train.tokens). A run of "
+        "model.mixing=none can go on with concepts",
     )
 
 

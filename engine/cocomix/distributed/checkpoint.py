@@ -7,7 +7,7 @@ trainer.json and the files of all ranks: no pointer can name a wrong one, and no
 
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -142,14 +142,16 @@ def read_trainer_state(checkpoint: Path) -> dict:
     return state
 
 
-def load_checkpoint(engine, checkpoint: Path, ranks: Ranks) -> None:
+def load_checkpoint(engine, checkpoint: Path, ranks: Ranks, new_parameters: Collection[str] = ()) -> None:
     """Bring a fresh engine to a checkpoint's state (all ranks call this), whatever ranks and stage it was saved with.
+    The `new_parameters`, which the checkpoint lacks, stay as they are.
 
     Raises `CocomixError` on all ranks where a file is missing, damaged or of another save.
     """
     state, problem = read_trainer_state(checkpoint), None
     try:
-        load_pieces(engine, checkpoint / "state", state["save_id"], state["world_size"], state["adam_steps"], ranks)
+        saved = (state["save_id"], state["world_size"], state["adam_steps"])
+        load_pieces(engine, checkpoint / "state", *saved, ranks, new_parameters)
     except CocomixError as error:  # on this rank alone
         problem = str(error)
     problem = ranks.first_of(problem)

@@ -9,7 +9,7 @@ KIND is master, exp_avg or exp_avg_sq) and this rank's random states; its metada
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,9 +112,18 @@ def adam_steps(engine) -> int:
     return max((int(state["step"]) for state in engine.basic_optimizer.state.values() if state), default=0)
 
 
-def load_pieces(engine, folder: Path, save_id: str, saved_world: int, steps: int, ranks: Ranks) -> None:
+def load_pieces(
+    engine,
+    folder: Path,
+    save_id: str,
+    saved_world: int,
+    steps: int,
+    ranks: Ranks,
+    new_parameters: Collection[str] = (),
+) -> None:
     """Fill in what this rank holds from the files of the `saved_world` ranks that wrote them, and its random states
-    where it has a file of its own; Adam has taken `steps` steps.
+    where it has a file of its own; Adam has taken `steps` steps. The files need not hold the `new_parameters`, which
+    then stay as they are, with moments of zero.
 
     Call `publish_weights` after all ranks have come through. Raises `CocomixError` for a file that is missing,
     damaged or of another save.
@@ -123,6 +132,7 @@ def load_pieces(engine, folder: Path, save_id: str, saved_world: int, steps: int
         (piece.name, kind): _Missing(piece.start, tensor)
         for piece in held_pieces(engine)
         for kind, tensor in piece.tensors.items()
+        if piece.name not in new_parameters
     }
     first = ranks.rank * saved_world // ranks.world  # where this rank's share most likely begins
     for rank in ((first + i) % saved_world for i in range(saved_world)):

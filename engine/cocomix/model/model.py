@@ -338,6 +338,11 @@ class CoCoMixForCausalLM(CoCoMixPreTrainedModel, GenerationMixin):
             **{CACHE_NAME: getattr(out, CACHE_NAME) if use_cache else None},
         )
 
+    def concept_parameters(self) -> set[str]:
+        """Names of the parameters that next-token prediction alone (mixing="none") does not have."""
+        layers = ("pre_bias", "concept_predictor", "compress_layer", "pause_tokens")
+        return {name for name, _ in self.named_parameters() if name.split(".")[1] in layers}
+
     def _next_token_losses(self, hidden, labels, targets, n_predicted_in_batch=None):
         """What the head's part of the loss is, and of it the mean cross-entropy and the KL divergence, None without
         soft targets."""

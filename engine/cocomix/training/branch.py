@@ -2,6 +2,8 @@
 
 With train.schedule=wsd a run's learning rate does not depend on its length until it decays. So a run of N tokens may
 begin with the newest checkpoint of a longer run that lies before its own decay, and ends as if it had trained alone.
+A run with concepts may also begin with one of next-token prediction: it takes over weights and optimizer state and adds
+concept layers, new ones with moments of zero.
 """
 
 import math

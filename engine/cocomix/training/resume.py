@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import cocomix_kernels as kernels
@@ -60,6 +61,19 @@ MAY_CHANGE = (
     "train.grad_clip",
 )
 
+# What a run may change beside those where it begins with one of next-token prediction and adds concept layers to it.
+GROWS_BY = (
+    "model.mixing",
+    "model.concept_dim",
+    "model.concept_topk",
+    "model.insert_layer",
+    "model.concept_loss_weight",
+    "model.concept_residual",
+    "model.concept_every",
+    "teacher",
+    "the labels' labels_by",
+)
+
 
 def settings(config: Config) -> dict:
     """Every setting by its full name; the `deepspeed` section is one value."""
@@ -93,13 +107,21 @@ def precision_begun_with(config: Config, source: Path | None = None) -> dict[str
     where it has none yet, that of `source`, the run that it begins with."""
     checkpoint = latest_checkpoint(config.train.run) or (source and latest_checkpoint(source))
     stored = {} if checkpoint is None else read_trainer_state(checkpoint)["identity"]
-    of_run = {name: stored[name] for name in (STUDENT, TEACHER) if name in stored}
+    # A run of next-token prediction has a precision of a teacher that it does not use.
+    names = (STUDENT,) if stored.get("model.mixing") == "none" != config.model.mixing else (STUDENT, TEACHER)
+    of_run = {name: stored[name] for name in names if name in stored}
     return cached_precision(config, wanted_kinds(config)) | of_run
 
 
-def require_same_run(stored: dict, now: dict, checkpoint) -> list[str]:
+def grows(stored: dict, now: dict) -> bool:
+    """Whether `stored` are settings of next-token prediction and `now` those of a student with concept layers."""
+    return stored.get("model.mixing") == "none" != now["model.mixing"]
+
+
+def require_same_run(stored: dict, now: dict, checkpoint, branches: bool = False) -> list[str]:
     """Raise `CocomixError`, naming what differs, unless a run with the settings and fingerprints `now` continues the
-    one that `stored` them. Returns the changes that are allowed, in words.
+    one that `stored` them. Returns the changes that are allowed, in words. A run that `branches` may also add concept
+    layers to a student of next-token prediction.
 
     Both map names to JSON values. A setting that came with a later version than `stored` had its default then. What
     else only one of them has is not compared: the fingerprints of a teacher, for example, are not always known.
@@ -107,7 +129,8 @@ def require_same_run(stored: dict, now: dict, checkpoint) -> list[str]:
     stored = {current_name(name): value for name, value in stored.items()}
     stored = {**settings(Config()), "the labels' labels_by": "attribution", **stored}
     changes = differences(stored, now, [name for name in now if name in stored])
-    refused = [str(change) for change in changes if not _may_change(change.name)]
+    allowed = (*MAY_CHANGE, *GROWS_BY) if branches and grows(stored, now) else MAY_CHANGE
+    refused = [str(change) for change in changes if not _is_among(change.name, allowed)]
     if refused:
         raise CocomixError(
             f"{checkpoint} cannot be resumed: {'; '.join(refused)}. Use what the run was started with, or another "
@@ -116,5 +139,5 @@ def require_same_run(stored: dict, now: dict, checkpoint) -> list[str]:
     return [str(change) for change in changes]
 
 
-def _may_change(name: str) -> bool:
-    return any(name == allowed or name.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
+def _is_among(name: str, allowed: Sequence[str]) -> bool:
+    return any(name == one or name.startswith(f"{one}.") for one in allowed)

@@ -19,7 +19,7 @@ from cocomix.training.deepspeed_engine import build_engine
 from cocomix.training.divergence_watch import DivergenceWatch
 from cocomix.training.interval import Interval
 from cocomix.training.memory_warning import MemoryWarning, warn_of_memory
-from cocomix.training.resume import code_fingerprint, identity, precision_begun_with, require_same_run
+from cocomix.training.resume import code_fingerprint, grows, identity, precision_begun_with, require_same_run
 from cocomix.training.run_description import describe_run
 from cocomix.training.run_log import RunLog
 from cocomix.training.run_record import Branch, recorded_branch
@@ -153,20 +153,24 @@ class Trainer:
             return state["elapsed_s"]
         if self.branch_from is None:
             return 0.0
-        state, _ = self._go_on_from(branch_point(self.branch_from, self.config))
+        state, _ = self._go_on_from(branch_point(self.branch_from, self.config), branches=True)
         self.record = dataclasses.replace(self.record, branched_from=Branch(str(self.branch_from), self.step))
         if self.ranks.is_first:
             take_metrics(self.branch_from, self.run)
-            print(f"{self.run} begins after step {self.step} of {self.branch_from}")
+            grown = ", with new concept layers" if grows(state["identity"], self.identity) else ""
+            print(f"{self.run} begins after step {self.step} of {self.branch_from}{grown}")
         return state["elapsed_s"]
 
-    def _go_on_from(self, checkpoint: Path) -> tuple[dict, list[str]]:
+    def _go_on_from(self, checkpoint: Path, branches: bool = False) -> tuple[dict, list[str]]:
         """Take over the state of a checkpoint; returns what its trainer.json holds, and the changes in words."""
         state = read_trainer_state(checkpoint)
-        changes = require_same_run(state["identity"], self.identity, checkpoint)
-        load_checkpoint(self.engine, checkpoint, self.ranks)
+        changes = require_same_run(state["identity"], self.identity, checkpoint, branches)
+        if branches and grows(state["identity"], self.identity):
+            load_checkpoint(self.engine, checkpoint, self.ranks, self.engine.module.concept_parameters())
+        else:
+            load_checkpoint(self.engine, checkpoint, self.ranks)
+            self.watch.restore(state["loss_watch"])  # of a loss that has no other terms yet it would see a spike
         self.step = state["step"]
-        self.watch.restore(state["loss_watch"])
         return state, changes
 
     def _state(self, log: RunLog) -> dict:

@@ -1,17 +1,26 @@
 """Runs that begin with a checkpoint of another one."""
 
 import json
+import math
 import re
 import zlib
 
+import numpy as np
 import pytest
-from run_helpers import SEQ_LEN, STEPS, assert_equal_runs, stage, stop_at, uneven
+import torch
+from run_helpers import SEQ_LEN, STEPS, assert_close_weights, assert_equal_runs, stage, stop_at, uneven
 
+from cocomix.data.token_files import TokenFiles
+from cocomix.data.windows import WindowOrder, step_windows
+from cocomix.model.config import CoCoMixConfig
+from cocomix.model.model import CoCoMixForCausalLM
 from cocomix.report.runs import load_run
+from cocomix.teacher.label_cache import LabelCache
 from cocomix.training.trainer import EXIT_RESUME
 
 STABLE = ["train.schedule=wsd", "train.decay_share=0.25", "train.keep_checkpoints=9"]
 LONG = f"train.tokens={2 * STEPS * 8 * SEQ_LEN}"  # decays from step 18 on, the others from step 9
+NTP = "model.mixing=none"
 
 
 def long_run(world, *overrides) -> str:
@@ -115,3 +124,99 @@ def test_a_branch_that_was_killed_before_its_first_save_does_not_start_over(worl
     assert world.train("killed", *uneven(world), *STABLE, resume=True) == 2
     assert f"began with a checkpoint of {world.folder / source}: pass --branch-from" in capsys.readouterr().err
     assert world.train("killed", *uneven(world), *STABLE, branch_from=source, resume=True) == 0
+
+
+def plain_step(model, optimizer, ids, labels, rate) -> float:
+    """One step of plain PyTorch; its loss."""
+    loss = model(ids, labels=ids, concept_labels=labels).loss
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.param_groups[0]["lr"] = rate
+    optimizer.step()
+    return loss.item()
+
+
+def grown_in_plain_pytorch(world, *overrides, begins=8):
+    """Losses by step and final weights of a student of next-token prediction that gets concept layers after `begins`
+    steps: new weights as a student of them begins with, Adam's moments of zero, Adam's count that of the others."""
+    config = world.load(*uneven(world), *STABLE, *overrides)
+    tokens, cache = TokenFiles.open(config.data.folder), LabelCache.open(config.concept_labels.cache)
+    split = tokens.split("train")
+    shape = {**vars(config.model), "vocab_size": tokens.vocab_size, "n_positions": SEQ_LEN}
+    students = {}
+    for mixing in ("none", config.model.mixing):
+        torch.manual_seed(config.train.seed)
+        model = CoCoMixForCausalLM(CoCoMixConfig(**{**shape, "mixing": mixing}))
+        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, foreach=False)
+        students[mixing] = model, optimizer
+    order, losses = WindowOrder(split.n_windows(SEQ_LEN), config.train.seed), []
+    for step in range(STEPS):
+        if step == begins:
+            (before, states), (model, optimizer) = students["none"], students[config.model.mixing]
+            model.load_state_dict(before.state_dict(), strict=False)
+            known = {name: states.state[parameter] for name, parameter in before.named_parameters()}
+            for name, parameter in model.named_parameters():
+                moments = {kind: torch.zeros_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[parameter] = known.get(name, {"step": torch.tensor(float(begins)), **moments})
+        windows = step_windows(order, step, config.train.global_batch)
+        ids = torch.from_numpy(np.stack([split.window(i, SEQ_LEN) for i in windows]))
+        labels = torch.from_numpy(np.stack([cache.window(i) for i in windows]))
+        model, optimizer = students["none" if step < begins else config.model.mixing]
+        left = 1 - math.sqrt(max(0, step - 9) / 3)
+        rate = config.train.lr * ((step + 1) / 3 if step < 3 else 0.1 + 0.9 * left)
+        losses.append(plain_step(model, optimizer, ids, labels, rate))
+    return losses, model.state_dict()
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+@pytest.mark.parametrize("method", [["model.concept_residual=true"], ["model.mixing=add"]], ids=["residual", "add"])
+def test_a_student_of_next_token_prediction_grows_concept_layers(world, method, zero_stage, capsys):
+    source, run = long_run(world, NTP, *stage(zero_stage)), f"grown-{method[0]}-{zero_stage}"
+    assert world.train(run, *uneven(world), *STABLE, *method, *stage(zero_stage), branch_from=source) == 0
+    assert f"begins after step 8 of {world.folder / source}, with new concept layers" in capsys.readouterr().out
+    losses, weights = grown_in_plain_pytorch(world, *method)
+    assert world.losses(run) == pytest.approx(losses, rel=2e-5)
+    final = {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}
+    assert_close_weights(world.weights(run), final, atol=2e-5)
+
+
+def test_a_grown_run_that_was_interrupted_goes_on_where_it_stopped(world, monkeypatch):
+    source = long_run(world, NTP)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 10)
+        assert world.train("cut-grown", *uneven(world), *STABLE, branch_from=source) == EXIT_RESUME
+    assert world.train("cut-grown", *uneven(world), *STABLE, resume=True, branch_from=source) == 0
+    assert world.train("whole-grown", *uneven(world), *STABLE, branch_from=source) == 0
+    assert world.losses("cut-grown") == world.losses("whole-grown")
+    assert_close_weights(world.weights("cut-grown"), world.weights("whole-grown"), atol=0)
+
+
+@pytest.mark.slow
+def test_two_ranks_grow_as_one_does(world):
+    settings = [*uneven(world), *STABLE, "train.micro_batch=2"]
+    runs = {"ntp-on-two": [*settings, LONG, NTP]}
+    for number in (1, 2, 3):
+        source = ["--branch-from", str(world.folder / "ntp-on-two")]
+        runs[f"grown-on-two-{number}"] = [*settings, *stage(number), *source]
+    world.train_on(2, runs)
+    losses, _ = grown_in_plain_pytorch(world)
+    for number in (1, 2, 3):
+        assert world.losses(f"grown-on-two-{number}") == pytest.approx(losses, rel=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("source", "overrides", "message"),
+    [
+        ([NTP], ["model.n_embd=64"], "cannot be resumed: model.n_embd was 32 and is 64"),
+        ([NTP], ["train.seed=1"], "cannot be resumed: train.seed was 0 and is 1"),
+        ([], [NTP], "cannot be resumed: model.mixing was interleave and is none"),
+        ([], ["model.mixing=add"], "cannot be resumed: model.mixing was interleave and is add"),
+    ],
+)
+def test_what_does_not_grow_is_refused(world, source, overrides, message, capsys):
+    name = long_run(world, *source)
+    capsys.readouterr()
+    assert world.train("no-growth", *uneven(world), *STABLE, *overrides, branch_from=name) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and message in error, error
