@@ -68,6 +68,20 @@ def soft_targets_online(teacher: TeacherShape, seq_len: int) -> int:
     return teacher.n_layer * (12 * d * d + seq_len * d) + teacher.vocab_size * d
 
 
+def teacher_flops(teacher: TeacherShape, seq_len: int) -> int:
+    """Floating-point operations per token of all that the teacher gives: labels, soft targets or both."""
+    soft = soft_targets_online(teacher, seq_len) if teacher.soft_targets else 0
+    return MULTIPLY_ADD * (labels_online(teacher, seq_len) + soft)
+
+
+def sae_flops(teacher: TeacherShape, k: int, seq_len: int) -> int:
+    """Floating-point operations per token of training an SAE that keeps k latents: the teacher's forward pass to block
+    m, the encoder, and of the k latents the decoder and the gradients. What revives dead latents is not counted."""
+    d = teacher.n_embd
+    forward = (teacher.layer + 1) * (12 * d * d + seq_len * d) + teacher.n_latents * d
+    return MULTIPLY_ADD * (forward + 4 * k * d)
+
+
 def frozen_side(shape: StudentShape, teacher: TeacherShape | None) -> int:
     """Multiply-accumulates per token of what the student learns from the teacher online; None: nothing."""
     if teacher is None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from cocomix.core.config import current_name
 from cocomix.report.runs import Run, distinct, is_number
 from cocomix.training.resume import LEAVES_TRAJECTORY
@@ -95,10 +97,16 @@ class Arm:
         """The largest of the runs' peaks."""
         return max((run.peak_memory_gib for run in self.runs if run.peak_memory_gib is not None), default=None)
 
-    @property
-    def flops_per_token(self) -> float | None:
-        """As a run has it."""
-        return self.first.flops_per_token
+    def flops(self, tokens: float) -> float | None:
+        """Floating-point operations until `tokens` tokens, those of the run that ends there where there are budgets,
+        and in a straight line between such ends; None where a run does not tell."""
+        if not self.has_budgets:
+            return self.first.record.flops(tokens)
+        ends = sorted((_budget(run), run.record.flops(_budget(run))) for run in next(iter(self._by_seed.values())))
+        if any(flops is None for _, flops in ends):
+            return None
+        budgets, flops = zip(*ends, strict=True)
+        return float(np.interp(tokens, budgets, flops))
 
     def _typical(self, figure: Callable[[Run], float | None]) -> float | None:
         known = [value for run in self.runs if (value := figure(run)) is not None]

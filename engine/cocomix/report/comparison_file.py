@@ -19,9 +19,10 @@ def write_comparison(path: AnyPath, runs: list[Run]) -> None:
 def comparison(runs: list[Run]) -> dict[str, Any]:
     """JSON values: `commit`, `validation_tokens`, `unigram_perplexity`, and `arms`, one a method.
 
-    An arm has `title`, `device`, `ranks`, `parameters`, `flops_per_token`, `tokens_per_s`, `step_time_ratio` (a token's
-    time over NTP's on the same devices), `peak_memory_gib`, `runs` (their folders), `curves` (by seed: tokens and
-    validation loss), `points` (over all seeds: tokens, mean, best and worst loss), and `saving` against NTP: see
+    An arm has `title`, `device`, `ranks`, `parameters`, `flops_per_token`, `supervision_flops_per_token` (of that the
+    teacher's work, which a cached run does not do), `tokens_per_s`, `step_time_ratio` (a token's time over NTP's on the
+    same devices), `peak_memory_gib`, `runs` (their folders), `curves` (by seed: tokens and validation loss), `points`
+    (over all seeds: tokens, arithmetic, mean, best and worst loss), and `saving` against NTP: see
     `token_saving.Saving`, with `arithmetic` and `time`, what is saved of those. None where something is not known.
     """
     compared = arms(runs)
@@ -47,7 +48,8 @@ def _arm(arm: Arm, title: str, baseline: Arm | None, time_ratio: float | None) -
         "ranks": record.world_size,
         "precision": record.config.get("train", {}).get("precision"),
         "parameters": record.parameters,
-        "flops_per_token": arm.flops_per_token,
+        "flops_per_token": record.flops_per_token,
+        "supervision_flops_per_token": record.supervision_flops_per_token,
         "tokens_per_s": arm.tokens_per_s,
         "step_time_ratio": time_ratio,
         "peak_memory_gib": arm.peak_memory_gib,
@@ -56,6 +58,7 @@ def _arm(arm: Arm, title: str, baseline: Arm | None, time_ratio: float | None) -
         "points": [
             {
                 "tokens": e["tokens"],
+                "flops": arm.flops(e["tokens"]),
                 "loss": e["loss"],
                 "low": e.get("loss_low", e["loss"]),
                 "high": e.get("loss_high", e["loss"]),
@@ -70,7 +73,7 @@ def _saving(arm: Arm, baseline: Arm, time_ratio: float | None) -> dict[str, Any]
     found = arm_saving(arm, baseline)
     if found is None:
         return None
-    arithmetic = arithmetic_ratio(arm, baseline)
+    arithmetic = arithmetic_ratio(found, arm, baseline)
     return dataclasses.asdict(found) | {
         "arithmetic": None if arithmetic is None else found.at_cost(arithmetic),
         "time": None if time_ratio is None else found.at_cost(time_ratio),

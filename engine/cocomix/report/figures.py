@@ -89,12 +89,12 @@ def validation_loss_over_time(arms: list[Arm]):
 
 def validation_loss_over_flops(arms: list[Arm]):
     """Figure: validation loss of every method over the arithmetic of its training. None where a run does not tell."""
-    if any(arm.flops_per_token is None for arm in arms):
+    if any(arm.first.flops_per_token is None for arm in arms):
         return None
     curves = []
     for arm in arms:
         tokens, loss = _series(arm.evaluations, "tokens", "loss")
-        curves.append((tokens * arm.flops_per_token, loss))
+        curves.append((np.array([arm.flops(count) for count in tokens], float), loss))
     axes, scale = _draw_curves(arms, curves, _FLOP_UNITS, "validation loss (nats per token)")
     _draw_bands(axes, scale, arms, curves)
     return axes.figure

@@ -59,6 +59,7 @@ def _compare(runs: list[Run]) -> _Comparison:
     [unigram] = significant([runs[0].info["data"]["val_unigram_perplexity"]], digits=4)
     notes = [f"For orientation: the unigram perplexity of the validation text is {unigram}."]
     notes += _saving_notes(compared, columns["method"])
+    notes += _supervision_notes(compared, columns["method"])
     notes += [
         f"{title} has not finished: step {run.last_step:,} of {run.info['total_steps']:,}."
         for title, run in zip(titles(runs), runs, strict=True)
@@ -108,6 +109,25 @@ def _saving_notes(compared: list[Arm], names: list[str]) -> list[str]:
     return [*notes, "What other seeds would give is not in these bounds."] if single else notes
 
 
+def _supervision_notes(compared: list[Arm], names: list[str]) -> list[str]:
+    """What labels and soft targets cost, a sentence for all methods to which they cost the same."""
+    baseline = next((arm.first.record.flops_per_token for arm in compared if arm.is_baseline), None)
+    alike: dict[tuple[float, bool], list[str]] = {}
+    for arm, name in zip(compared, names, strict=True):
+        record = arm.first.record
+        if record.supervision_flops_per_token:
+            cached = "cached" in (record.concept_labels, record.soft_targets)
+            alike.setdefault((record.supervision_flops_per_token, cached), []).append(name)
+    notes = []
+    for (flops, cached), who in alike.items():
+        of_ntp = f", {flops / baseline:.2f} times NTP's arithmetic" if baseline else ""
+        when = "once, for a cache, and not in the figures above" if cached else "while training, in the figures above"
+        some = who[0] if len(who) == 1 else f"{len(who)} methods"
+        [giga] = significant([flops / 1e9], digits=3)
+        notes.append(f"What {some} learned from the teacher took it {giga} GFLOP a token{of_ntp}: {when}.")
+    return notes
+
+
 def _bounds(found: Saving) -> str:
     by_evaluations = f"between {found.low:.1%} and {found.high:.1%} by the evaluations around it"
     if not found.of_seeds:
@@ -123,7 +143,7 @@ def _saved(share: float, word: str) -> str:
 def _at_its_cost(found: Saving, arm: Arm, baseline: Arm, time_ratio: float | None) -> str:
     """What the saving in tokens is in arithmetic and time, where that is known, and from which one on and whether it
     pays."""
-    arithmetic = arithmetic_ratio(arm, baseline)
+    arithmetic = arithmetic_ratio(found, arm, baseline)
     ratios = {"tokens": 1.0, "arithmetic": arithmetic, "time": time_ratio}
     known = {what: ratio for what, ratio in ratios.items() if ratio is not None}
     costs = [f"{_saved(found.at_cost(ratio), 'less')} {what}" for what, ratio in known.items() if what != "tokens"]

@@ -51,10 +51,11 @@ def arm_saving(arm: Arm, baseline: Arm) -> Saving | None:
     return Saving(**mean, share=statistics.fmean(shares), low=low, high=high, of_seeds=shares)
 
 
-def arithmetic_ratio(arm: Arm, baseline: Arm) -> float | None:
-    """Arithmetic of a token of the arm over that of the baseline's; None where a run does not tell."""
-    own, base = arm.flops_per_token, baseline.flops_per_token
-    return own / base if own and base else None
+def arithmetic_ratio(found: Saving, arm: Arm, baseline: Arm) -> float | None:
+    """Arithmetic of a token of the arm over that of the baseline's, on the way to the loss of the saving that was
+    `found`; None where a run does not tell."""
+    own, base = arm.flops(found.tokens), baseline.flops(found.baseline_tokens)
+    return (own / found.tokens) / (base / found.baseline_tokens) if own and base else None
 
 
 def saving(own: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> Saving | None:

@@ -113,6 +113,7 @@ class _StudentsLabels:
 
     def __init__(self, cache: LabelCache, concept_dim: int):
         self.cache, self.concept_dim, self.fingerprints = cache, concept_dim, cache.fingerprints
+        self.flops_per_token = cache.flops_per_token
 
     def window(self, index: int) -> dict[str, np.ndarray]:
         """`concept_labels` int64 [T, K]. Raises `CocomixError` for a concept that the student lacks."""
@@ -133,6 +134,7 @@ class RandomLabels:
             raise CocomixError(f"teacher.label_topk ({label_topk}) must be at most model.concept_dim ({concept_dim})")
         self.concept_dim, self.seq_len, self.label_topk = concept_dim, seq_len, label_topk
         self.fingerprints: dict[str, str] = {}
+        self.flops_per_token: float | None = None
 
     def window(self, index: int) -> dict[str, np.ndarray]:
         """`concept_labels` int64 [T, K]."""

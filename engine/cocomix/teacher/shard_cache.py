@@ -54,6 +54,7 @@ class ShardCache:
         self.folder, self._meta = Path(folder), meta
         self.n_windows, self.seq_len, self.size = (meta[key] for key in ("n_windows", "seq_len", self.size_key))
         self.shard_windows, self.fingerprints = meta["shard_windows"], meta["fingerprints"]
+        self.flops_per_token: float | None = meta.get("flops_per_token")  # what making it cost; early ones do not tell
         self._shard_name = re.compile(rf"{self.stem}-(\d{{6}}|[1-9]\d{{6,}})\.bin")
         self._part_name = re.compile(rf"\.{self._shard_name.pattern}\..*\.part")
         self._map = functools.lru_cache(maxsize=64)(self._map_shard)
@@ -73,7 +74,7 @@ class ShardCache:
         raise NotImplementedError
 
     @classmethod
-    def start(cls, folder, *, n_windows, seq_len, size, fingerprints, shard_windows):
+    def start(cls, folder, *, n_windows, seq_len, size, fingerprints, shard_windows, flops_per_token=None):
         """Start a cache, or go on with the one that is there. Raises `CocomixError` where that one was made from
         something else, and where the disk has no room for all of it."""
         path = Path(folder) / "meta.json"
@@ -89,6 +90,7 @@ class ShardCache:
             cls.size_key: size,
             "shard_windows": shard_windows,
             "fingerprints": dict(fingerprints),
+            "flops_per_token": flops_per_token,
         }
         cache = cls(folder, meta)
         require_space(folder, n_windows * seq_len * cache._width() * _DTYPE.itemsize)

@@ -90,6 +90,7 @@ class RandomSoftTargets:
             raise CocomixError(f"distillation.top_k is {top_k} but the vocabulary has {vocab_size} tokens")
         self.vocab_size, self.seq_len, self.top_k = vocab_size, seq_len, top_k
         self.fingerprints: dict[str, str] = {}
+        self.flops_per_token: float | None = None
 
     def window(self, index: int) -> dict[str, np.ndarray]:
         """`soft_target_ids` int64 and `soft_target_log_probs` float16, both [T, J]."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cocomix.core.config import Config
+from cocomix.core.flops import teacher_flops
 from cocomix.core.shapes import TeacherShape
 from cocomix.data.token_files import TokenFiles
 from cocomix.teacher.concept_labels import ConceptLabels
@@ -88,6 +89,12 @@ class Supervision:
         found = {name: cache.fingerprints for name, cache in self.caches.items()}
         found |= {name: teacher.fingerprints() for name, teacher in self.teachers.items()}
         return {f"the {name}' {key}": value for name, prints in found.items() for key, value in prints.items()}
+
+    def flops_per_token(self, seq_len: int) -> float | None:
+        """Floating-point operations a token of making it, whether now or before; None where a cache does not tell."""
+        online = teacher_flops(self.teacher_shape, seq_len) if self.teacher_shape is not None else 0
+        of_caches = [cache.flops_per_token for cache in self.caches.values()]
+        return None if None in of_caches else online + sum(cost for cost in of_caches if cost is not None)
 
     def of(self, name: str) -> "Supervision":
         """The part of it that is called `name`, alone."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from cocomix.core.config import Config
+from cocomix.core.flops import teacher_flops
 from cocomix.core.shapes import TeacherShape
 from cocomix.data.token_files import TokenFiles
 from cocomix.teacher.shard_cache import ShardCache
@@ -23,6 +24,7 @@ class Source(Protocol):
     """Where training reads a supervision that is cached."""
 
     fingerprints: dict[str, str]
+    flops_per_token: float | None  # of making it; None where that is not known
 
     def window(self, index: int) -> dict[str, np.ndarray]:
         """What there is for a window, as entries of a batch."""
@@ -145,6 +147,7 @@ class SupervisionKind(ABC):
             size=self.per_token(config),
             fingerprints=data_fingerprints(config, tokens) | teacher.fingerprints(),
             shard_windows=config.concept_labels.shard_windows,
+            flops_per_token=teacher_flops(teacher.shape, config.data.seq_len),
         )
 
     @abstractmethod

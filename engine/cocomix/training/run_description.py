@@ -34,6 +34,7 @@ def describe_run(
         flops_per_token=training_flops(student_shape(config, tokens.vocab_size), supervision.teacher_shape),
         versions={name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "cocomix")},
         config=dataclasses.asdict(config),
+        supervision_flops_per_token=supervision.flops_per_token(config.data.seq_len),
         data=DataRecord(
             vocab_size=tokens.vocab_size,
             train_tokens=tokens.split("train").n_tokens,

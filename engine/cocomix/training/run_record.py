@@ -27,10 +27,15 @@ class DataRecord:
 
 @dataclass(frozen=True)
 class Branch:
-    """The run whose checkpoint another one began with, its folder, and the steps that both have in common."""
+    """The run whose checkpoint another one began with, its folder, and the steps that both have in common.
+
+    `flops` is what that run had cost until then, see `RunRecord.cost`; None in runs of early versions, in which a token
+    costs as much before as after.
+    """
 
     run: str
     step: Count
+    flops: tuple[tuple[float, float], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,9 @@ class RunRecord:
 
     `method` is the config's model.mixing; `concept_labels` and `soft_targets` say where these come from ("cached",
     "online", None for nowhere); `flops_per_token` counts forward and backward with the teacher's work where that is
-    done online (None in runs of early versions); `config` holds the settings by section; `branched_from` is None where
-    the run began at its first step.
+    done online (None in runs of early versions), `supervision_flops_per_token` that work alone, online or when the
+    cache was made (None where a cache does not tell); `config` holds the settings by section; `branched_from` is None
+    where the run began at its first step.
     """
 
     name: str
@@ -58,6 +64,28 @@ class RunRecord:
     config: dict[str, Any]
     data: DataRecord
     branched_from: Branch | None = None
+    supervision_flops_per_token: float | None = None
+
+    def cost(self, tokens: float) -> list[tuple[float, float]] | None:
+        """What training on the first `tokens` tokens takes, as the corners of a line from (0, 0) on: tokens, and
+        floating-point operations until then. None where the run does not tell."""
+        if self.flops_per_token is None:
+            return None
+        branch = self.branched_from
+        shared = [(0.0, 0.0)] if branch is None or branch.flops is None else list(branch.flops)
+        start, done = shared[-1]
+        if tokens > start:
+            return [*shared, (float(tokens), done + (tokens - start) * self.flops_per_token)]
+        before = [corner for corner in shared if corner[0] < tokens]
+        if not before:
+            return shared[:1]
+        (left, low), (right, high) = before[-1], shared[len(before)]
+        return [*before, (float(tokens), low + (high - low) * (tokens - left) / (right - left))]
+
+    def flops(self, tokens: float) -> float | None:
+        """Floating-point operations of training on the first `tokens` tokens; None where the run does not tell."""
+        corners = self.cost(tokens)
+        return None if corners is None else corners[-1][1]
 
     def as_json(self) -> dict[str, Any]:
         """JSON values by key."""

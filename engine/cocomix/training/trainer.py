@@ -22,7 +22,7 @@ from cocomix.training.memory_warning import MemoryWarning, warn_of_memory
 from cocomix.training.resume import code_fingerprint, grows, identity, precision_begun_with, require_same_run
 from cocomix.training.run_description import describe_run
 from cocomix.training.run_log import RunLog
-from cocomix.training.run_record import Branch, recorded_branch
+from cocomix.training.run_record import Branch, RunRecord, recorded_branch
 from cocomix.training.save_policy import SavePolicy
 from cocomix.training.stop_requests import StopRequests
 from cocomix.training.train_step import TrainStep, build_student, training_batches
@@ -154,7 +154,9 @@ class Trainer:
         if self.branch_from is None:
             return 0.0
         state, _ = self._go_on_from(branch_point(self.branch_from, self.config), branches=True)
-        self.record = dataclasses.replace(self.record, branched_from=Branch(str(self.branch_from), self.step))
+        cost = RunRecord.read(self.branch_from).cost(self.step * self.config.tokens_per_step)
+        branch = Branch(str(self.branch_from), self.step, None if cost is None else tuple(cost))
+        self.record = dataclasses.replace(self.record, branched_from=branch)
         if self.ranks.is_first:
             take_metrics(self.branch_from, self.run)
             grown = ", with new concept layers" if grows(state["identity"], self.identity) else ""

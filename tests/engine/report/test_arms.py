@@ -53,6 +53,19 @@ def test_seeds_without_evaluations_at_equal_tokens_stay_apart(tmp_path):
     assert [arm.runs for arm in arms(runs)] == [(run,) for run in runs]
 
 
+def test_the_arithmetic_of_budgets_is_that_of_the_runs_that_end_there(tmp_path):
+    runs = [seeded(tmp_path, 0, "interleave", steps) for steps in (50, 100, 200)]
+    [arm] = arms(runs)
+    token = runs[0].record.flops_per_token
+    assert [arm.flops(steps * 4096) for steps in (50, 75, 200)] == [steps * 4096 * token for steps in (50, 75, 200)]
+    path = runs[1].folder / "run.json"  # one that began with a cheaper student
+    record = json.loads(path.read_text())
+    record["branched_from"] = {"run": "ntp", "step": 40, "flops": [[0, 0], [40 * 4096, 40 * 4096 * token / 2]]}
+    path.write_text(json.dumps(record))
+    [arm] = arms([runs[0], load_run(runs[1].folder), runs[2]])
+    assert arm.flops(100 * 4096) == 80 * 4096 * token and arm.flops(75 * 4096) == 65 * 4096 * token
+
+
 def test_ends_of_several_budgets_are_not_compared_with_one_runs_way(tmp_path):
     ntp = [seeded(tmp_path, 0, steps=steps) for steps in (100, 200)]
     table = comparison_table([*ntp, seeded(tmp_path, 0, "interleave", offset=-0.1)])

@@ -23,7 +23,9 @@ def test_the_file_holds_curves_points_and_savings_of_each_method(tmp_path, capsy
     evaluations = load_run(mixed).evaluations
     assert arm["curves"] == {"None": [[e["tokens"], e["loss"]] for e in evaluations]}
     assert arm["points"][-1] == dict(
-        tokens=evaluations[-1]["tokens"], **dict.fromkeys(("loss", "low", "high"), evaluations[-1]["loss"])
+        tokens=evaluations[-1]["tokens"],
+        flops=evaluations[-1]["tokens"] * 300e6,
+        **dict.fromkeys(("loss", "low", "high"), evaluations[-1]["loss"]),
     )
     expected = saving(evaluations, load_run(ntp).evaluations)
     assert arm["saving"]["share"] == expected.share

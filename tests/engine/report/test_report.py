@@ -522,6 +522,24 @@ def test_what_pays_in_tokens_may_not_in_arithmetic_or_time(pair):
     )
 
 
+def test_what_the_teacher_gave_is_a_line_of_its_own(tmp_path):
+    ntp = write_run(tmp_path / "ntp")
+    alike = [write_run(tmp_path / name, "interleave", supervision_flops_per_token=9e7) for name in ("one", "two")]
+    online = write_run(
+        tmp_path / "online", "add", concept_labels="online", supervision_flops_per_token=12e7, flops_per_token=42e7
+    )
+    table = comparison_table([load_run(folder) for folder in (ntp, *alike, online)])
+    assert (
+        "What 2 methods learned from the teacher took it 0.0900 GFLOP a token, 0.60 times NTP's arithmetic: once, for "
+        "a cache, and not in the figures above.\n" in table
+    )
+    assert (
+        "What CoCoMix add (online labels) learned from the teacher took it 0.120 GFLOP a token, 0.80 times NTP's "
+        "arithmetic: while training, in the figures above." in table
+    )
+    assert "What" not in comparison_table([load_run(ntp)])
+
+
 def test_a_run_that_does_not_tell_its_arithmetic_is_judged_by_time_alone(tmp_path):
     folders = [write_run(tmp_path / "ntp"), write_run(tmp_path / "other", "interleave", offset=-0.3, step_time=0.25)]
     for folder in folders:

@@ -1,6 +1,5 @@
 """Runs that begin with a checkpoint of another one."""
 
-import json
 import math
 import re
 import zlib
@@ -40,9 +39,11 @@ def test_a_shorter_budget_begins_with_a_longer_run_and_ends_as_if_it_had_trained
     assert world.train(alone, *uneven(world), *STABLE, *stage(zero_stage)) == 0
     assert_equal_runs(world, run, alone)
     assert [line["step"] for line in world.records(run, "train")] == list(range(1, STEPS + 1))
-    record = json.loads((world.folder / run / "run.json").read_text())
-    assert record["branched_from"] == {"run": str(world.folder / source), "step": 8}
+    record = load_run(world.folder / run).record
+    assert (record.branched_from.run, record.branched_from.step) == (str(world.folder / source), 8)
     assert load_run(world.folder / run).summary["step"] == STEPS
+    tokens, other = STEPS * record.tokens_per_step, load_run(world.folder / alone).record
+    assert record.flops(tokens) == tokens * record.flops_per_token == other.flops(tokens)
 
 
 @pytest.mark.slow
@@ -175,6 +176,9 @@ def test_a_student_of_next_token_prediction_grows_concept_layers(world, method, 
     source, run = long_run(world, NTP, *stage(zero_stage)), f"grown-{method[0]}-{zero_stage}"
     assert world.train(run, *uneven(world), *STABLE, *method, *stage(zero_stage), branch_from=source) == 0
     assert f"begins after step 8 of {world.folder / source}, with new concept layers" in capsys.readouterr().out
+    record, ntp = (load_run(world.folder / name).record for name in (run, source))
+    shared, own = 8 * record.tokens_per_step, 4 * record.tokens_per_step
+    assert record.flops(shared + own) == shared * ntp.flops_per_token + own * record.flops_per_token
     losses, weights = grown_in_plain_pytorch(world, *method)
     assert world.losses(run) == pytest.approx(losses, rel=2e-5)
     final = {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}

@@ -1,6 +1,8 @@
 """The methods that CoCoMix is compared with, each in the trainer against its naive version: pause tokens, concept
 prediction without mixing, knowledge distillation, and labels by activation."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -324,6 +326,31 @@ def test_the_work_of_a_teacher_beside_training_counts(world):
     config, vocabulary = online.info["config"]["model"], online.info["data"]["vocab_size"]
     student = 6 * (config["n_layer"] * (12 * 32 * 32 + SEQ_LEN * 32) + vocabulary * 32)
     assert online.flops_per_token == whole.flops_per_token == student + forward
+    assert online.record.supervision_flops_per_token == forward
+
+
+def test_what_a_cache_cost_is_told_by_the_runs_that_read_it(world):
+    short = f"train.tokens={8 * SEQ_LEN}"
+    assert world.train("of-cache", labels(world), short) == world.train("of-teacher", short) == 0
+    cached, online = (load_run(world.folder / run).record for run in ("of-cache", "of-teacher"))
+    teacher = online.flops_per_token - cached.flops_per_token
+    assert cached.supervision_flops_per_token == online.supervision_flops_per_token == teacher > 0
+    assert world.train("of-both", labels(world), short, *DISTILLED[1:], soft(world)) == 0
+    both = load_run(world.folder / "of-both").record
+    assert both.supervision_flops_per_token == teacher + 2 * (2 * (12 * 32 * 32 + SEQ_LEN * 32) + 300 * 32)
+    assert world.train("of-nobody", "model.mixing=none", short) == 0
+    assert load_run(world.folder / "of-nobody").record.supervision_flops_per_token == 0
+
+
+def test_a_cache_that_does_not_tell_its_cost_leaves_it_open(world):
+    meta = world.folder / "labels/meta.json"
+    kept = meta.read_text()
+    meta.write_text(json.dumps({key: value for key, value in json.loads(kept).items() if key != "flops_per_token"}))
+    try:
+        assert world.train("early-cache", labels(world), f"train.tokens={8 * SEQ_LEN}") == 0
+    finally:
+        meta.write_text(kept)
+    assert load_run(world.folder / "early-cache").record.supervision_flops_per_token is None
 
 
 # ---- evaluation and use

@@ -5,7 +5,7 @@ import pytest
 from record_helpers import RECORD
 
 from cocomix.core.errors import CocomixError
-from cocomix.training.run_record import RunRecord
+from cocomix.training.run_record import Branch, RunRecord
 
 DATA = RECORD.as_json()["data"]
 
@@ -67,3 +67,33 @@ def test_a_record_that_is_not_there_or_lacks_a_key_is_refused(tmp_path):
     (tmp_path / "run.json").write_text('{"name": "run"}')
     with pytest.raises(CocomixError, match="run.json: Object missing required field `method`"):
         RunRecord.read(tmp_path)
+
+
+def test_the_cost_of_a_run_is_its_arithmetic_a_token():
+    assert RECORD.flops(100) == 100 * RECORD.flops_per_token and RECORD.flops(0) == 0
+    assert RECORD.cost(100) == [(0, 0), (100, 100 * RECORD.flops_per_token)]
+    assert dataclasses.replace(RECORD, flops_per_token=None).flops(100) is None
+
+
+def test_a_run_that_began_with_another_costs_what_that_did_until_then():
+    ntp = dataclasses.replace(RECORD, flops_per_token=10.0)
+    grown = dataclasses.replace(RECORD, flops_per_token=30.0, branched_from=branch_of(ntp, 40))
+    assert [grown.flops(tokens) for tokens in (0, 20, 40, 50)] == [0, 200, 400, 700]
+    again = dataclasses.replace(grown, branched_from=branch_of(grown, 60))
+    assert [again.flops(tokens) for tokens in (20, 40, 50, 60, 70)] == [200, 400, 700, 1000, 1300]
+    assert again.cost(60) == [(0, 0), (40, 400), (60, 1000)]
+
+
+def test_a_branch_of_an_early_version_costs_as_much_before_as_after():
+    record = dataclasses.replace(RECORD, flops_per_token=30.0, branched_from=Branch("other", 2))
+    assert record.flops(100) == 3000
+
+
+def branch_of(record, tokens):
+    return Branch("source", 1, tuple(record.cost(tokens)))
+
+
+def test_where_a_run_began_and_what_that_cost_is_read_back(tmp_path):
+    grown = dataclasses.replace(RECORD, branched_from=branch_of(RECORD, 40), supervision_flops_per_token=7.0)
+    grown.write(tmp_path)
+    assert RunRecord.read(tmp_path) == grown
