@@ -30,6 +30,8 @@ def run(options):
     config = read_config(options)
     wait_passively_on_busy_cores()
     from cocomix.costs.memory_check import memory_warning
+    from cocomix.training.self_taught import train_self_taught
     from cocomix.training.trainer import train
 
-    return train(config, options.resume, options.branch_from, memory_warning)
+    start = train_self_taught if config.teacher.self_taught_after else train
+    return start(config, options.resume, options.branch_from, memory_warning)

@@ -81,6 +81,8 @@ class TeacherConfig:
     label_topk: int = positive(4)  # K
     # or activation: label the largest latents, whatever they do for the next token
     labels_by: str = one_of("attribution", LABELS_BY)
+    # tokens of next-token prediction, after which the student as it is then, frozen, is the teacher; 0: `model`
+    self_taught_after: int = not_negative(0)
     # of the teacher's forward and backward pass; auto: by what the machine multiplies fastest
     dtype: str = one_of("fp32", (*PRECISIONS, AUTO))
 
@@ -213,6 +215,8 @@ def load_config(path: AnyPath, overrides: Sequence[str] = ()) -> Config:
     except OmegaConfBaseException as error:
         raise CocomixError(f"{path}: {str(error).splitlines()[0]}") from None
     _validate(config, str(path))
+    if config.teacher.self_taught_after:
+        config.teacher.model, config.teacher.sae = f"{config.train.run}/first/model", f"{config.train.run}/sae"
     return config
 
 
@@ -307,6 +311,7 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"({config.data.seq_len}): no window would have a concept position"
         )
     yield from _distillation_contradictions(config)
+    yield from _self_taught_contradictions(config)
     yield from _train_contradictions(config.train)
     sae = config.sae
     if sae.k > sae.n_latents:
@@ -341,6 +346,38 @@ def _distillation_contradictions(config: Config) -> Iterator[str]:
         yield f"concept_labels.cache and distillation.cache are the same folder ({distillation.cache}): name two"
     if distillation.top_k is None:
         yield "distillation.cache needs distillation.top_k: the whole distribution of every token would fill any disk"
+
+
+def _self_taught_contradictions(config: Config) -> Iterator[str]:
+    teacher, model, train = config.teacher, config.model, config.train
+    after = f"teacher.self_taught_after ({teacher.self_taught_after})"
+    if not teacher.self_taught_after:
+        return
+    if not predicts_concepts(model.mixing):
+        yield f"{after} needs a student that predicts concepts, which model.mixing={model.mixing} does not"
+    if teacher.self_taught_after >= train.tokens:
+        yield f"{after} must be below train.tokens ({train.tokens}): it would never learn from itself"
+    for name, value in {
+        "teacher.model": teacher.model,
+        "teacher.sae": teacher.sae,
+        "concept_labels.cache": config.concept_labels.cache,
+    }.items():
+        if value is not None:
+            yield f"{after} and {name} ({value}) are both set: set {name}=null, for the run makes its own"
+    if config.distillation.weight:
+        yield f"{after} and distillation.weight ({config.distillation.weight}) are both set: choose one"
+    if teacher.layer >= model.n_layer:
+        yield f"teacher.layer ({teacher.layer}) must be below model.n_layer ({model.n_layer}): it teaches itself"
+    if config.sae.n_latents != model.concept_dim:
+        yield (
+            f"sae.n_latents ({config.sae.n_latents}) must be model.concept_dim ({model.concept_dim}): the student "
+            "learns the latents of its own SAE"
+        )
+    if train.schedule not in ("wsd", "constant"):
+        yield (
+            f"{after} needs train.schedule=wsd or constant, for {train.schedule} lowers the learning rate from the "
+            "start"
+        )
 
 
 def _train_contradictions(train: TrainConfig) -> Iterator[str]:

@@ -94,7 +94,7 @@ def make_job(config: Config, cluster: Cluster, vocab_size: int | None = None) ->
     shape cannot be known."""
     config, _ = settled(config, "cuda")
     shape = student_shape(config, vocab_size or known_vocabulary(config))
-    return Job(config, shape, _teacher(config), cluster)
+    return Job(config, shape, _teacher(config, shape.vocab_size), cluster)
 
 
 def known_vocabulary(config: Config) -> int:
@@ -113,11 +113,14 @@ def known_vocabulary(config: Config) -> int:
     )
 
 
-def _teacher(config):
+def _teacher(config, vocab_size):
     """The shape of what runs beside training, None where all comes from caches or nothing is needed."""
     online = [kind for kind in wanted_kinds(config) if not kind.cache_folder(config)]
     if not online:
         return None
+    if config.teacher.self_taught_after:  # by the student of the run's first part
+        language_model = (config.model.n_embd, config.model.n_layer, vocab_size)
+        return joint_shape([kind.teacher_shape(config, *language_model) for kind in online])
     cache = online[0].how_to_cache(config)
     if config.teacher.model is None:
         raise CocomixError(f"{online[0].name} need a teacher: set teacher.model{cache}")

@@ -64,8 +64,9 @@ def random_caches(config: Config, vocab_size: int) -> dict[str, Source]:
 def build_teachers(config: Config, device: torch.device, vocab_size: int, at_random: bool) -> dict[str, Teacher]:
     """The teachers of all that the config's student needs, which share one language model.
 
-    They are the config's; or one of GPT-2 124M's shape with `concept_dim` latents and random weights, on which the
-    arithmetic does not depend. Raises `CocomixError` where they cannot be loaded or do not fit the student.
+    They are the config's; or one of GPT-2 124M's shape (of the student's, where that teaches itself) with `concept_dim`
+    latents and random weights, on which the arithmetic does not depend. Raises `CocomixError` where they cannot be
+    loaded or do not fit the student.
     """
     made: dict[str, Teacher] = {}
     model = _random_gpt2(config, device, vocab_size) if at_random else None
@@ -84,14 +85,14 @@ def build_teachers(config: Config, device: torch.device, vocab_size: int, at_ran
 def _random_gpt2(config, device, vocab_size):
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    shape: dict[str, Any] = {
+        "vocab_size": max(_GPT2_VOCABULARY, vocab_size),
+        "n_positions": max(_GPT2_CONTEXT, config.data.seq_len),
+    }
+    if config.teacher.self_taught_after:
+        blocks = {name: getattr(config.model, name) for name in ("n_embd", "n_layer", "n_head")}
+        shape = {"vocab_size": vocab_size, "n_positions": config.data.seq_len, **blocks}
     with torch.device(device):
         torch.manual_seed(config.train.seed)
-        model = GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=max(_GPT2_VOCABULARY, vocab_size),
-                n_positions=max(_GPT2_CONTEXT, config.data.seq_len),
-                bos_token_id=None,
-                eos_token_id=None,
-            )
-        )
+        model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=None, eos_token_id=None))
     return cast(Any, model).to(DTYPES[config.teacher.dtype])

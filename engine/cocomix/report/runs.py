@@ -43,6 +43,8 @@ class Run:
         """What was trained, in words: "NTP", "CoCoMix (cached labels)", …"""
         method, soft, config = self.record.method, self.record.soft_targets, self.record.config
         of_labels = self.record.concept_labels if predicts_concepts(method) else None
+        if of_labels and config.get("teacher", {}).get("self_taught_after"):
+            of_labels = "self-taught"
         names = (
             labels_name(config.get("teacher", {}).get("labels_by", "attribution")),
             soft_targets_name(config.get("distillation", {}).get("top_k")),

@@ -15,9 +15,12 @@ from typing import Any
 from cocomix.core.config import Config, TrainConfig
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import atomic_write
+from cocomix.core.flops import sae_flops
+from cocomix.core.shapes import TeacherShape
 from cocomix.distributed.checkpoint import complete_checkpoints, latest_checkpoint, read_trainer_state
 from cocomix.training.metrics import FILE_NAME
 from cocomix.training.resume import settings
+from cocomix.training.run_record import RunRecord
 from cocomix.training.schedule import learning_rate_factor
 
 
@@ -64,6 +67,21 @@ def require_source(config: Config, source: Path | None, recorded: str | None) ->
         raise CocomixError(f"{run} began with a checkpoint of {recorded}: pass --branch-from {recorded} again")
     elif source is not None and Path(recorded).resolve() != source.resolve():
         raise CocomixError(f"{run} began with a checkpoint of {recorded}, not of {source}: set another train.run")
+
+
+def cost_until(
+    source: Path, tokens: int, config: Config, teacher: TeacherShape | None
+) -> tuple[tuple[float, float], ...] | None:
+    """What the run in `source` had cost after `tokens`, see `RunRecord.cost`; with the training of its SAE where the
+    config's run teaches itself from there on. None where the other run does not tell."""
+    record = RunRecord.read(source)
+    corners = record.cost(tokens)
+    if corners is None:
+        return None
+    if config.teacher.self_taught_after and record.method == "none" and teacher is not None:
+        of_sae = config.sae.tokens * sae_flops(teacher, config.sae.k, config.data.seq_len)
+        corners.append((tokens, corners[-1][1] + of_sae))
+    return tuple(corners)
 
 
 def take_metrics(source: Path, run: Path) -> None:

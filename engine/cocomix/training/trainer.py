@@ -14,7 +14,7 @@ from cocomix.distributed.export import export_checkpoint
 from cocomix.distributed.failures import failures_named, require_agreement
 from cocomix.distributed.ranks import Ranks, limit_waiting, process_group, rank_and_world
 from cocomix.teacher.supervision import Supervision
-from cocomix.training.branch import branch_point, require_source, take_metrics
+from cocomix.training.branch import branch_point, cost_until, require_source, take_metrics
 from cocomix.training.deepspeed_engine import build_engine
 from cocomix.training.divergence_watch import DivergenceWatch
 from cocomix.training.interval import Interval
@@ -22,7 +22,7 @@ from cocomix.training.memory_warning import MemoryWarning, warn_of_memory
 from cocomix.training.resume import code_fingerprint, grows, identity, precision_begun_with, require_same_run
 from cocomix.training.run_description import describe_run
 from cocomix.training.run_log import RunLog
-from cocomix.training.run_record import Branch, RunRecord, recorded_branch
+from cocomix.training.run_record import Branch, recorded_branch
 from cocomix.training.save_policy import SavePolicy
 from cocomix.training.stop_requests import StopRequests
 from cocomix.training.train_step import TrainStep, build_student, training_batches
@@ -154,8 +154,9 @@ class Trainer:
         if self.branch_from is None:
             return 0.0
         state, _ = self._go_on_from(branch_point(self.branch_from, self.config), branches=True)
-        cost = RunRecord.read(self.branch_from).cost(self.step * self.config.tokens_per_step)
-        branch = Branch(str(self.branch_from), self.step, None if cost is None else tuple(cost))
+        tokens = self.step * self.config.tokens_per_step
+        cost = cost_until(self.branch_from, tokens, self.config, self.supervision.teacher_shape)
+        branch = Branch(str(self.branch_from), self.step, cost)
         self.record = dataclasses.replace(self.record, branched_from=branch)
         if self.ranks.is_first:
             take_metrics(self.branch_from, self.run)
