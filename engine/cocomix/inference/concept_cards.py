@@ -92,5 +92,6 @@ def make_card(usable: UsableModel, concept: int, reading: Reading | None, survey
 
 def chosen_concepts(reading: Reading | None, wanted: list[int], n: int = _CARDS) -> list[int]:
     """`wanted` first, then the `n` that are the main concept at most tokens of the text."""
-    found = [concept for concept, _ in Counter(reading.main.tolist()).most_common(n)] if reading else []
+    main = reading.main[reading.has_concept].tolist() if reading else []
+    found = [concept for concept, _ in Counter(main).most_common(n)]
     return list(dict.fromkeys([*wanted, *found]))

@@ -57,8 +57,9 @@ def visible(text: str) -> Markup:
 def _text_section(reading, colors, names):
     left_out = f" The text has {reading.n_left_out:,} tokens more, which are left out." if reading.n_left_out else ""
     notes = (
-        f"{len(reading.ids):,} tokens{agreement(reading)}.{left_out} Under each token stands the concept that "
-        "makes up most of its continuous concept, and its colour is that concept's, stronger with its share. "
+        f"{len(reading.ids):,} tokens{_few(reading)}{agreement(reading)}.{left_out} Under each token stands the "
+        "concept that makes up most of its continuous concept, and its colour is that concept's, stronger with its "
+        "share. "
         "Point at a token for the others; click a concept below to see where it is predicted, and how strongly."
     )
     peaks = {concept: reading.weights[reading.concepts == concept].max(initial=0) for concept in colors}
@@ -67,12 +68,18 @@ def _text_section(reading, colors, names):
     return {"notes": notes, "tokens": tokens}
 
 
+def _few(reading) -> str:
+    """How many tokens have a concept position, where not all do."""
+    n = int(reading.has_concept.sum())
+    return "" if n == len(reading.ids) else f", {n:,} of which have concepts of their own"
+
+
 def _token(reading, i, colors, names, peaks, strongest):
     concepts, weights = reading.concepts[i].tolist(), reading.weights[i].tolist()
     main = int(reading.main[i])
     color = colors.get(main, "120,120,120")  # grey and pale: a concept without a card
     share = (0.7 if main in colors else 0.2) * reading.shares[i].max() / strongest
-    below = names.get(main, str(main))[:10]
+    below = names.get(main, str(main))[:10] if main >= 0 else ""
     weight_of = {  # a concept's weight over its largest in the text, pale at least, as the page's script reads it
         str(concept): round(float(max(weight / peaks[concept], 0.05)) * 0.75, 2) if peaks[concept] > 0 else 0.05
         for concept, weight in zip(concepts, weights, strict=True)
@@ -97,8 +104,9 @@ def _labels(reading, i) -> list[int]:
 
 
 def _given_labels(reading, i, names) -> str | None:
-    """The teacher's labels of a token, those that the model keeps ticked; None without a teacher."""
-    if reading.labels is None:
+    """The teacher's labels of a token, those that the model keeps ticked; None without a teacher, and where the model
+    has no concepts."""
+    if reading.labels is None or not reading.has_concept[i]:
         return None
     kept = reading.concepts[i].tolist()
     ticked = [f"{called(label, names)} ✓" if label in kept else called(label, names) for label in _labels(reading, i)]
@@ -114,6 +122,8 @@ def _tip_rows(reading, i, names):
         reading.shares[i, :_TIP_ROWS].tolist(),
         strict=True,
     ):
+        if concept < 0:
+            continue
         tick = " ✓" if concept in labels else ""
         rows.append((called(concept, names) + tick, f"{weight:.2f}", f"{share:.0%}"))
     return rows

@@ -18,7 +18,8 @@ _IGNORED = 0.1  # a row of the compress layer is ignored below this share of the
 @dataclass(frozen=True)
 class Reading:
     """The concepts of a text. `shares` are |weight| times the norm of the concept's row of W_c, over their sum at the
-    token: how much of the continuous concept each makes up. Labels are -1 where there are fewer than K."""
+    token: how much of the continuous concept each makes up. Labels are -1 where there are fewer than K. At a token that
+    has no concept position (`concept_every`) concepts and labels are -1, weights and shares 0."""
 
     ids: np.ndarray  # [n]
     tokens: list[str]
@@ -31,22 +32,22 @@ class Reading:
 
     @property
     def main(self) -> np.ndarray:
-        """The concept that makes up most of the continuous concept at each token, [n]."""
+        """The concept that makes up most of the continuous concept at each token, [n]; -1 where there is none."""
         return np.take_along_axis(self.concepts, self.shares.argmax(1)[:, None], 1)[:, 0]
+
+    @property
+    def has_concept(self) -> np.ndarray:
+        """Which tokens have a concept position, bool [n]."""
+        return self.concepts[:, 0] >= 0
 
 
 @torch.no_grad()
 def read_text(usable: UsableModel, text: str, max_tokens: int, teacher=None) -> Reading:
     """Predict concepts for a text, in windows of the model's context as in training, up to `max_tokens`.
 
-    Raises `CocomixError` for a text without tokens, and for a model that has no concept at some tokens.
+    Raises `CocomixError` for a text without tokens.
     """
     model, tokenizer = usable.model, usable.tokenizer
-    if model.config.concept_every > 1:
-        raise CocomixError(
-            f"this model has a concept after every {model.config.concept_every} tokens alone, and a text can be shown "
-            "only where each token has one (concept_every=1); --corpus shows where its concepts fire"
-        )
     all_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if not all_ids:
         raise CocomixError("there is no text to read concepts from")
@@ -55,10 +56,12 @@ def read_text(usable: UsableModel, text: str, max_tokens: int, teacher=None) -> 
     kept, labels = [], []
     for window in ids.split(context):
         out = model.base_model(window[None], use_cache=False)
-        kept.append((out.concept_indices[0], out.concept_values[0].float()))
+        chosen = model.config.concept_tokens  # of the window
+        kept.append([_spread(part[0], window, chosen) for part in (out.concept_indices, out.concept_values.float())])
         if teacher is not None:
-            labels.append(teacher.labels(window[None])[0])
+            labels.append(_spread(teacher.labels(window[None])[0, chosen], window, chosen))
     concepts, weights = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    weights = weights.where(concepts >= 0, 0.0)
     strengths = weights.abs() * compress_norms(model)[concepts]
     shares = strengths / strengths.sum(1, keepdim=True).clamp(min=torch.finfo(strengths.dtype).tiny)
     return Reading(
@@ -71,6 +74,13 @@ def read_text(usable: UsableModel, text: str, max_tokens: int, teacher=None) -> 
         context,
         len(all_ids) - len(ids),
     )
+
+
+def _spread(values: torch.Tensor, window: torch.Tensor, chosen: slice) -> torch.Tensor:
+    """What the `chosen` tokens of a window [T] have, [., n], at their places; -1 at the others [T, n]."""
+    spread = values.new_full((len(window), values.shape[1]), -1)
+    spread[chosen] = values
+    return spread
 
 
 def agreement(reading: Reading) -> str:

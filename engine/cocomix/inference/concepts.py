@@ -107,8 +107,10 @@ def summary_lines(reading, cards, surveyed, names, per_token: bool = False) -> l
     if reading is not None:
         lines += _token_lines(reading, names) if per_token else []
         left_out = f" (its first; {reading.n_left_out:,} more were left out)" if reading.n_left_out else ""
+        there = reading.concepts[reading.has_concept]
+        few = "" if reading.has_concept.all() else f", {len(there):,} of them with concepts"
         lines.append(
-            f"{len(reading.ids):,} tokens of text{left_out}, {len(set(reading.concepts.ravel().tolist())):,} "
+            f"{len(reading.ids):,} tokens of text{left_out}{few}, {len(set(there.ravel().tolist())):,} "
             f"concepts in it{agreement(reading)}"
         )
     lines += ["", f"{'concept':<24}{'in the text':>12}{'in the corpus':>15}{'mean weight':>13}  promotes"]
@@ -129,6 +131,7 @@ def _token_lines(reading, names, n=4):
         kept = "  ".join(
             f"{called(concept, names)} {weight:.2f}"
             for concept, weight in zip(reading.concepts[i, :n].tolist(), reading.weights[i, :n].tolist(), strict=True)
+            if concept >= 0
         )
         labels = [] if reading.labels is None else [label for label in reading.labels[i].tolist() if label >= 0]
         lines.append(

@@ -10,7 +10,11 @@ from usable_helpers import world_of_runs
 
 from cocomix import CoCoMixForCausalLM
 from cocomix.core.errors import CocomixError
+from cocomix.inference.concept_cards import chosen_concepts, make_card
+from cocomix.inference.concept_page import page
 from cocomix.inference.concept_reading import agreement, compress_norms, ignored, read_text
+from cocomix.inference.concept_survey import Corpus, survey
+from cocomix.inference.concepts import summary_lines
 from cocomix.inference.loading import load_teacher, load_usable
 
 TEXT = "the quick brown cat jumps over a lazy dog and sleeps under the tree, or eats."
@@ -78,8 +82,46 @@ def test_norms_are_those_of_the_rows_and_small_ones_count_as_ignored(usable):
     assert ignored(np.array([1.0, 1.0, 2.0, 0.05, 0.15])).tolist() == [False, False, False, True, False]
 
 
-def test_a_model_that_has_no_concept_at_some_tokens_is_refused(usable):
+@pytest.mark.parametrize("every", [2, 3, SEQ_LEN + 1])
+def test_tokens_without_a_concept_position_have_neither_concepts_nor_labels(world, usable, every):
     config = copy.deepcopy(usable.model.config)
-    config.concept_every = 2
-    with pytest.raises(CocomixError, match="a concept after every 2 tokens alone.*--corpus"):
-        read_text(usable._replace(model=CoCoMixForCausalLM(config)), "some text", 100)
+    config.concept_every = every
+    spaced = usable._replace(model=CoCoMixForCausalLM(config).eval())
+    teacher = load_teacher(world.folder / "run", world.config, usable)
+    found = read_text(spaced, TEXT, 1000, teacher)
+    at = 0
+    for window in windows_of(TEXT, usable):
+        out, labels = spaced.model(window[None]), teacher.labels(window[None])[0]
+        for i in range(len(window)):
+            if (i + 1) % every:
+                assert not found.has_concept[at] and found.main[at] == -1
+                assert (found.concepts[at] == -1).all() and (found.labels[at] == -1).all()
+                assert (found.weights[at] == 0).all() and (found.shares[at] == 0).all()
+            else:
+                assert found.concepts[at].tolist() == out.concept_indices[0, i // every].tolist()
+                assert np.allclose(found.weights[at], out.concept_values[0, i // every].detach(), atol=1e-5)
+                assert found.labels[at].tolist() == labels[i].tolist()
+                assert found.shares[at].sum() == pytest.approx(1)
+            at += 1
+    assert at == len(found.ids)
+    assert (agreement(found) == "") == (every > SEQ_LEN)
+    assert -1 not in chosen_concepts(found, [])
+
+
+@pytest.mark.parametrize("every", [3, SEQ_LEN])
+def test_a_text_is_shown_with_concepts_where_there_are_some(usable, every, tmp_path):
+    config = copy.deepcopy(usable.model.config)
+    config.concept_every = every
+    spaced = usable._replace(model=CoCoMixForCausalLM(config).eval())
+    found = read_text(spaced, TEXT, 1000)
+    chosen = chosen_concepts(found, [5])
+    text = tmp_path / "corpus.txt"
+    text.write_text(TEXT * 4)
+    surveyed = survey(spaced.model, Corpus(str(text), usable.tokenizer, SEQ_LEN, 200), chosen)
+    cards = [make_card(spaced, concept, found, surveyed) for concept in chosen]
+    n = int(found.has_concept.sum())
+    lines = "\n".join(summary_lines(found, cards, surveyed, {}, per_token=True))
+    assert f"{len(found.ids):,} tokens of text, {n:,} of them with concepts, " in lines and " -1 " not in lines
+    norms = compress_norms(spaced.model).numpy()
+    html = page("it", usable.tokenizer, found, cards, surveyed, {}, norms)
+    assert f"{n:,} of which have concepts of their own" in html and ">-1<" not in html
