@@ -120,6 +120,10 @@ def plan(options) -> tuple[list[list[str]], list[Family], Path]:
     configs = {name: load_config(files[name], overrides) for name in wanted}
     out = Path(load_config(folder / "student.yaml", overrides).out)
     families = [family(name, seed, files[name], configs[name], options) for seed in options.seeds for name in configs]
+    for name, config in configs.items():
+        if too_short := [budget for budget in options.budgets if not has_second_part(config, budget)]:
+            shares = ", ".join(f"{budget:g}" for budget in too_short)
+            print(f"frontier: {name} teaches itself too late for budgets of {shares}: left out", file=sys.stderr)
     return list(preparation(folder, {files[name]: configs[name] for name in wanted}, overrides)), families, out
 
 
@@ -143,12 +147,19 @@ def family(method: str, seed: int, path: Path, config: Config, options) -> Famil
     folder = Path(config.out) / "runs" / method / f"seed-{seed}"
     commands = {}
     for budget in sorted({*options.budgets, 1.0}, reverse=True):
+        if not has_second_part(config, budget):
+            continue
         tokens = round(budget * config.total_steps) * config.tokens_per_step
         run = folder / (FULL if budget == 1 else f"{tokens}-tokens")
         command = [*COCOMIX, "train", str(path), *options.overrides, f"train.seed={seed}", f"train.run={run}"]
         command += [f"train.tokens={tokens}", "--resume"]
         commands[run] = command if budget == 1 else [*command, "--branch-from", str(folder / FULL)]
     return Family(commands)
+
+
+def has_second_part(config: Config, budget: float) -> bool:
+    """Whether a run of this share of train.tokens teaches itself before its rate falls, where it does at all."""
+    return config.teacher.self_taught_after <= budget * (1 - config.train.decay_share) * config.train.tokens
 
 
 def run(preparation: list[list[str]], families: list[Family], out: Path, jobs: int) -> int:

@@ -36,7 +36,14 @@ concept_labels: {{cache: "${{out}}/labels", shard_windows: 64}}
 train: {{tokens: {STEPS * 8 * SEQ_LEN}, global_batch: 8, micro_batch: 8, lr: 2e-3, schedule: wsd, decay_share: 0.2,
         warmup_steps: 2, log_every: 2, eval_every: 5, save_every: 4, keep_checkpoints: 9, tensorboard: false}}
 """
-METHODS = {"ntp": "", "add": "model: {mixing: add}", "residual": "model: {mixing: interleave, concept_residual: true}"}
+METHODS = {
+    "ntp": "",
+    "add": "model: {mixing: add}",
+    "residual": "model: {mixing: interleave, concept_residual: true}",
+    "self-taught": """model: {mixing: add}
+teacher: {model: null, sae: null, self_taught_after: 768}
+concept_labels: {cache: null}""",
+}
 
 
 @pytest.fixture
@@ -59,7 +66,7 @@ def command(folder, *options):
 
 @pytest.mark.slow
 def test_the_whole_frontier_in_miniature_goes_on_after_an_interrupt(folder):
-    options = ["--methods", "ntp,add,residual", "--seeds", "0,1"]
+    options = ["--methods", "ntp,add,residual,self-taught", "--seeds", "0,1"]
     process = subprocess.Popen(command(folder, *options), env=environment(threads=1), stderr=subprocess.PIPE, text=True)
     runs = folder / "out/runs"
     deadline = time.monotonic() + 300
@@ -76,12 +83,14 @@ def test_the_whole_frontier_in_miniature_goes_on_after_an_interrupt(folder):
     assert done.returncode == 0, done.stdout + done.stderr
     assert not list(runs.glob("*/*/*/checkpoints"))
     found = json.loads((folder / "out/comparison.json").read_text())
-    assert len(found["arms"]) == 3 and found["arms"][0]["title"] == "NTP, 2 seeds, 2 budgets"
+    assert len(found["arms"]) == 4 and found["arms"][0]["title"] == "NTP, 2 seeds, 2 budgets"
     for arm in found["arms"]:
         assert [point["tokens"] for point in arm["points"]] == [STEPS * 8 * SEQ_LEN // 2, STEPS * 8 * SEQ_LEN]
         assert len(arm["runs"]) == 4 and set(arm["curves"]) == {"0", "1"}
     branch = load_run(runs / f"residual/seed-1/{STEPS * 8 * SEQ_LEN // 2}-tokens")
     assert branch.record.branched_from.step == 8 and branch.last_step == STEPS // 2
+    taught = load_run(runs / f"self-taught/seed-1/{STEPS * 8 * SEQ_LEN // 2}-tokens").record
+    assert taught.config["teacher"]["model"] == str(runs / "self-taught/seed-1/full/first/model")
     assert (folder / "out/report/report.html").exists()
     again = subprocess.run(command(folder, *options), env=environment(threads=1), capture_output=True, text=True)
     assert again.returncode == 0 and again.stdout.count("+ cocomix") == 1  # the report alone
@@ -109,13 +118,22 @@ def test_what_a_cluster_would_run_is_listed(folder, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--methods", "ntp,nothing"], "has no nothing.yaml; it has: add, ntp, residual"),
+        (["--methods", "ntp,nothing"], "has no nothing.yaml; it has: add, ntp, residual, self-taught"),
         (["train.tokens=0"], "train.tokens"),
     ],
 )
 def test_what_cannot_be_run_is_refused(folder, options, message, capsys):
     assert frontier.main([str(folder), *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_budgets_that_end_before_a_student_teaches_itself_are_left_out_and_said(folder, capsys):
+    options = ["--list", "--seeds", "0", "--budgets", "0.25,0.5", "--methods", "ntp,self-taught"]
+    assert frontier.main([str(folder), *options]) == 0
+    said = capsys.readouterr()
+    assert "self-taught teaches itself too late for budgets of 0.25: left out" in said.err
+    ntp, taught = said.out.splitlines()[-2:]
+    assert ntp.count(" && ") == 2 and taught.count(" && ") == 1
 
 
 @pytest.mark.parametrize("options", [["--budgets", "0,1"], ["--budgets", "2"], ["--seeds", "x"], ["--jobs", "0"]])

@@ -157,9 +157,11 @@ def _budgets(runs: Iterable[Run]) -> set[int]:
 
 
 def _method_settings(run: Run) -> tuple:
-    """What makes two runs the same method: their teacher, and every setting that decides about the trajectory, but seed
-    and budget."""
+    """What makes two runs the same method: their teacher, where that is not their own, and every setting that decides
+    about the trajectory, but seed and budget."""
     aside = [_SEED, _BUDGET, *(name for name in LEAVES_TRAJECTORY if name.split(".")[0] not in _OF_TEACHER)]
+    if setting(run, "teacher.self_taught_after"):
+        aside += ["teacher.model", "teacher.sae"]
     flat = {}
     for section, value in run.record.config.items():
         for key, inner in value.items() if isinstance(value, dict) else [("", value)]:

@@ -41,6 +41,18 @@ def test_seeds_of_a_method_are_one_arm_whose_curve_is_their_mean_with_its_ends(s
     assert mixed.train[5]["concept_loss"] == pytest.approx(seeds[1][0].train[5]["concept_loss"])
 
 
+@pytest.mark.parametrize(("after", "lines"), [(0, 2), (4096, 1)])
+def test_seeds_that_teach_themselves_have_teachers_of_their_own_and_are_one_arm(tmp_path, after, lines):
+    runs = []
+    for seed in (0, 1):
+        path = seeded(tmp_path, seed, "interleave").folder
+        record = json.loads((path / "run.json").read_text())
+        record["config"]["teacher"] = {"model": f"{path}/first/model", "sae": f"{path}/sae", "self_taught_after": after}
+        (path / "run.json").write_text(json.dumps(record))
+        runs.append(load_run(path))
+    assert len(arms(runs)) == lines
+
+
 def test_evaluations_that_a_seed_lacks_are_left_out(tmp_path):
     runs = [seeded(tmp_path, seed) for seed in (0, 1)]
     del runs[1].evaluations[1]
