@@ -5,6 +5,7 @@ rank, see `training_state`). Every file is written aside and renamed, and a chec
 trainer.json and the files of all ranks: no pointer can name a wrong one, and no rank waits for another to finish.
 """
 
+import os
 import secrets
 import shutil
 from collections.abc import Callable, Collection
@@ -31,9 +32,23 @@ def latest_checkpoint(run) -> Path | None:
 
 
 def complete_checkpoints(run) -> list[Path]:
-    """The complete checkpoints of a run, newest first."""
-    folders = sorted(checkpoints_folder(run).glob("step-*"), reverse=True)
-    return [folder for folder in folders if _is_complete(folder)]
+    """The complete checkpoints of a run, newest first. Raises `CocomixError` where there is no telling."""
+    return [folder for folder in begun_checkpoints(run) if _is_complete(folder)]
+
+
+def begun_checkpoints(run) -> list[Path]:
+    """The checkpoints of a run, newest first, complete or not. Raises `CocomixError` where their folder is there but
+    cannot be listed, or is a link to something that is not."""
+    folder = checkpoints_folder(run)
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        if folder.is_symlink():
+            raise CocomixError(f"{folder} leads to {os.readlink(folder)}, which is not there: mount its disk") from None
+        return []
+    except OSError as error:
+        raise CocomixError(f"{folder} cannot be listed: {error.strerror}; put that right") from None
+    return [folder / name for name in sorted(names, reverse=True) if name.startswith("step-")]
 
 
 def _is_complete(folder: Path) -> bool:
@@ -122,7 +137,7 @@ class CheckpointWriter:
     def _thin_out(self) -> None:
         """Delete all but the newest complete checkpoints, and what was begun but never finished."""
         kept = complete_checkpoints(self._run)[: self._keep]
-        for folder in checkpoints_folder(self._run).glob("step-*"):
+        for folder in begun_checkpoints(self._run):
             if folder not in kept:
                 (folder / "trainer.json").unlink(missing_ok=True)  # first, so that none is ever complete and gutted
                 shutil.rmtree(folder, ignore_errors=True)

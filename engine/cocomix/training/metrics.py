@@ -4,6 +4,7 @@ import contextlib
 import json
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +86,46 @@ class MetricsLog:
     def _keep_until(self, step):
         if not self._path.exists():
             return
-        kept = [record for record in self._records() if record["step"] <= step and record["kind"] != "summary"]
+        damaged: list[int] = []
+        kept = [
+            record
+            for record in readable_lines(self._path, damaged)
+            if record["step"] <= step and record["kind"] != "summary"
+        ]
+        if damaged:
+            print(
+                f"{self._path}: left out {len(damaged)} damaged line{'s' * (len(damaged) > 1)}, the first is line "
+                f"{damaged[0]}",
+                file=sys.stderr,
+            )
         with atomic_write(self._path, "w") as file:
             file.writelines(json.dumps(record) + "\n" for record in kept)
 
     def _records(self):
-        for line in self._path.read_text(encoding="utf-8").splitlines():
-            try:
-                yield json.loads(line)
-            except ValueError:  # cut off in mid-write
-                continue
+        return readable_lines(self._path)
+
+
+def readable_lines(path: Path, damaged: list[int] | None = None) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics.jsonl, each with a kind, a step and a number of tokens. `damaged` gets the numbers of
+    those that are none; a last line without its end was cut off in mid-write, and is left out as if it were not there.
+    """
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        record = _line(line)
+        if record is not None:
+            yield record
+        elif line.strip() and number < len(lines) and damaged is not None:
+            damaged.append(number)
+
+
+def _line(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        return None
+    return record if all(type(record.get(key)) is int and record[key] >= 0 for key in ("step", "tokens")) else None
 
 
 def _open_tensorboard(folder, from_step):

@@ -17,6 +17,7 @@ from cocomix.teacher.supervision import Supervision
 from cocomix.training.branch import branch_point, cost_until, require_source, take_metrics
 from cocomix.training.deepspeed_engine import build_engine
 from cocomix.training.divergence_watch import DivergenceWatch
+from cocomix.training.history import is_finished, passed_over, require_no_lost_history
 from cocomix.training.interval import Interval
 from cocomix.training.memory_warning import MemoryWarning, warn_of_memory
 from cocomix.training.resume import code_fingerprint, grows, identity, precision_begun_with, require_same_run
@@ -42,12 +43,13 @@ def train(
     input that does not fit.
     """
     run = Path(config.train.run)
-    if resume and _finished(run, config):
+    if resume and is_finished(run, config):
         if rank_and_world()[0] == 0:
             print(f"{run} is finished: {config.total_steps} steps; its model is in {run / 'model'}")
         return 0
     if not resume and latest_checkpoint(run) is not None:
         raise CocomixError(f"{run} already holds a run: pass --resume to go on with it, or set another train.run")
+    require_no_lost_history(run)
     require_source(config, branch_from, recorded_branch(run))
     with process_group(config.train.timeout_minutes) as ranks, failures_named(ranks):
         trainer = Trainer(config, ranks, branch_from, memory_warning)
@@ -57,13 +59,6 @@ def train(
             return code
         finally:
             trainer.close()
-
-
-def _finished(run: Path, config: Config) -> bool:
-    latest = latest_checkpoint(run)
-    if latest is None or not (run / "model" / "config.json").exists():
-        return False
-    return read_trainer_state(latest)["step"] >= config.total_steps
 
 
 class Trainer:
@@ -143,6 +138,9 @@ class Trainer:
         """Go on where the newest checkpoint was made, or begin with another run's, or at the first step; returns the
         seconds of training until then."""
         checkpoint = latest_checkpoint(self.run)
+        if self.ranks.is_first:
+            for folder in passed_over(self.run, checkpoint):
+                print(f"{folder} is incomplete, since its save was cut off: passed over")
         if checkpoint is not None:
             state, changes = self._go_on_from(checkpoint)
             self.saves.saved_step = self.step
