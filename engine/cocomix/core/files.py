@@ -17,6 +17,7 @@ from cocomix.core.errors import CocomixError
 AnyPath = str | os.PathLike[str]
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # of file systems without hard links
 # How safetensors and tokenizers say it, which raise no OSError.
 _FULL_DISK_IN_RUST = re.compile(rf"os error ({'|'.join(map(str, _FULL_DISK))})\b")
 
@@ -166,6 +167,36 @@ def write_json(path: AnyPath, value: Any) -> None:
     with atomic_write(path, "w") as file:
         json.dump(value, file, indent=2)
         file.write("\n")
+
+
+def create_json(path: AnyPath, value: Any) -> bool:
+    """Write `value` as indented JSON unless there is a file already; whether it was written. Of several processes that
+    try at once one does (but for file systems without hard links), and none sees half of it."""
+    path = Path(path)
+    with _explain_refusal(path):
+        aside = _make_room_aside(path)
+    try:
+        with explain_full_disk(path):
+            aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+            sync_to_disk(aside)
+        with _explain_refusal(path):
+            return _take_free_name(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _take_free_name(aside: Path, path: Path) -> bool:
+    try:
+        os.link(aside, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if path.exists():
+            return False
+        os.replace(aside, path)
+    return True
 
 
 def read_json(path: AnyPath, what: str) -> dict[str, Any]:

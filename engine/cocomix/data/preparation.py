@@ -12,6 +12,7 @@ from tqdm import tqdm
 from cocomix.core.config import DataConfig
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import atomic_folder, atomic_write, require_space, sha256_of_file, write_json
+from cocomix.core.locks import only_writer
 from cocomix.core.origin import differences
 from cocomix.data.documents import Piece, pieces, require_text
 from cocomix.data.sources import Source, open_sources
@@ -39,6 +40,11 @@ def prepare(config: DataConfig) -> "TokenFiles":
         return files
     for source in sources:
         require_text(source)
+    with only_writer(folder, "cocomix data"):
+        return _make(folder, config, sources, made_from)
+
+
+def _make(folder: Path, config: DataConfig, sources: list[Source], made_from: dict) -> "TokenFiles":
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

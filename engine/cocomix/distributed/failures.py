@@ -14,6 +14,7 @@ from torch.distributed import DistError, DistStoreError
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from cocomix.core.errors import CocomixError
+from cocomix.core.locks import only_writer
 from cocomix.core.origin import differences
 from cocomix.distributed.ranks import Ranks
 
@@ -38,6 +39,23 @@ def require_agreement(ranks: Ranks, identity: dict) -> None:
     ]
     message = ranks.first_of(f"on {_this_rank(ranks)} {'; '.join(differing)}" if differing else None)
     raise CocomixError(f"the ranks disagree: {message}. Give all of them the same config, data and code")
+
+
+@contextlib.contextmanager
+def only_writers(ranks: Ranks, folder: str, command: str):
+    """Inside, the first rank is the only process that writes `folder`; all ranks must come here together. Raises
+    `CocomixError` on all of them where another process does."""
+    with contextlib.ExitStack() as held:
+        problem = None
+        if ranks.is_first:
+            try:
+                held.enter_context(only_writer(folder, command))
+            except CocomixError as error:
+                problem = str(error)
+        problem = ranks.first_of(problem)
+        if problem is not None:
+            raise CocomixError(problem)
+        yield
 
 
 def _this_rank(ranks: Ranks) -> str:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import read_json, write_json
+from cocomix.core.locks import only_writer
 
 FILE = "concept_names.json"
+_PATIENCE_S = 10.0  # for another process that is just writing it
 
 
 def read_names(folder) -> dict[int, str]:
@@ -26,7 +28,13 @@ def add_names(folder, assignments: Sequence[str], n_concepts: int) -> dict[int, 
 
     Raises `CocomixError` for an assignment that is none, an id out of range, and a name that another concept has.
     """
-    names = read_names(folder)
+    with only_writer(Path(folder) / FILE, "cocomix concepts --name", wait_s=_PATIENCE_S):
+        names = _changed(read_names(folder), assignments, n_concepts)
+        write_json(Path(folder) / FILE, {str(concept): name for concept, name in names.items()})
+    return names
+
+
+def _changed(names: dict[int, str], assignments: Sequence[str], n_concepts: int) -> dict[int, str]:
     for text in assignments:
         concept, equals, name = text.partition("=")
         name = " ".join(name.split())
@@ -41,9 +49,7 @@ def add_names(folder, assignments: Sequence[str], n_concepts: int) -> dict[int, 
         if name.isdecimal():
             raise CocomixError(f"--name {text}: a name cannot be a number")
         names[number] = name
-    names = {concept: names[concept] for concept in sorted(names) if names[concept]}
-    write_json(Path(folder) / FILE, {str(concept): name for concept, name in names.items()})
-    return names
+    return {concept: names[concept] for concept in sorted(names) if names[concept]}
 
 
 def called(concept: int, names: dict[int, str]) -> str:

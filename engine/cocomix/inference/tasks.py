@@ -20,12 +20,15 @@ from typing import Any, cast
 from cocomix.core.errors import CocomixError
 from cocomix.core.extras import needs
 from cocomix.core.files import read_json, write_json
+from cocomix.core.locks import only_writer
 from cocomix.core.tables import text_table
 from cocomix.distributed.export import find_model, run_of
 from cocomix.distributed.ranks import own_device
+from cocomix.inference.concept_names import FILE as CONCEPT_NAMES
 from cocomix.inference.loading import load_usable
 
 BOOTSTRAP_DRAWS = 1000  # for standard errors that have no formula
+_PATIENCE_S = 10.0  # for another process that is just writing its results
 _RATIOS = {"word_perplexity": math.exp, "byte_perplexity": math.exp, "bits_per_byte": None}
 
 
@@ -184,16 +187,20 @@ class _StoredResults:
 
     def __init__(self, path: Path, model: dict, settings: dict):
         self._path, self._origin = path, {"model": model, "settings": settings}
-        self.tasks = {}
-        if path.is_file():
-            content = read_json(path, "the results of an earlier evaluation")
-            if content.get("origin") == self._origin and isinstance(content.get("tasks"), dict):
-                self.tasks = content["tasks"]
+        self.tasks = self._stored()
+
+    def _stored(self) -> dict:
+        if not self._path.is_file():
+            return {}
+        content = read_json(self._path, "the results of an earlier evaluation")
+        known = content.get("origin") == self._origin and isinstance(content.get("tasks"), dict)
+        return content["tasks"] if known else {}
 
     def add(self, name: str, metrics: dict) -> None:
-        """Keep the metrics of a task."""
-        self.tasks[name] = metrics
-        write_json(self._path, {"origin": self._origin, "tasks": self.tasks})
+        """Keep the metrics of a task, beside those that other processes have kept meanwhile."""
+        with only_writer(self._path, "cocomix eval --tasks", wait_s=_PATIENCE_S):
+            self.tasks = self._stored() | self.tasks | {name: metrics}
+            write_json(self._path, {"origin": self._origin, "tasks": self.tasks})
 
 
 def _result_file(folder: Path, out: str | None) -> Path:
@@ -209,8 +216,10 @@ def _result_file(folder: Path, out: str | None) -> Path:
 
 
 def _file_listing(folder: Path) -> dict:
-    """Number and total bytes of a folder's files, and a hash of their names, sizes and times."""
-    files = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
+    """Number and total bytes of a folder's files, and a hash of their names, sizes and times. Names that people give to
+    concepts decide about no result."""
+    found = (path for path in sorted(folder.rglob("*")) if path.name != CONCEPT_NAMES)
+    files = [(path, path.stat()) for path in found if path.is_file()]
     digest = hashlib.sha256()
     for path, status in files:
         digest.update(f"{path.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from cocomix.core.config import Config, SaeConfig
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import atomic_write, require_space
+from cocomix.core.locks import only_writer
 from cocomix.core.origin import differences
 from cocomix.core.precision import TEACHER, settled
 from cocomix.data.token_files import TokenFiles
@@ -312,12 +313,13 @@ def run(config: Config) -> dict:
         print(f"{folder} already holds this SAE: {_summary(metrics)}")
         return metrics
     stream = _ResidualStream(model, tokens, config, device)
-    state = _train(config, stream, folder, identity, device)
-    horizon = min(config.sae.dead_after_tokens, state.step * config.sae.batch_tokens)
-    metrics = evaluate(state.sae, stream.validation(), state.silent_tokens >= horizon)
-    metrics |= losses_under_reconstruction(model, config.teacher.layer, state.sae, stream.validation_windows())
-    state.sae.save(folder, metrics=metrics, training=identity)
-    _partial_path(folder).unlink(missing_ok=True)
+    with only_writer(folder, "cocomix sae"):
+        state = _train(config, stream, folder, identity, device)
+        horizon = min(config.sae.dead_after_tokens, state.step * config.sae.batch_tokens)
+        metrics = evaluate(state.sae, stream.validation(), state.silent_tokens >= horizon)
+        metrics |= losses_under_reconstruction(model, config.teacher.layer, state.sae, stream.validation_windows())
+        state.sae.save(folder, metrics=metrics, training=identity)
+        _partial_path(folder).unlink(missing_ok=True)
     print(f"{folder}: {_summary(metrics)}")
     return metrics
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from cocomix.core.errors import CocomixError
-from cocomix.core.files import atomic_write, read_json, require_space, write_json
+from cocomix.core.files import atomic_write, create_json, read_json, require_space
 from cocomix.core.mapped_file import MappedFile
 from cocomix.core.origin import Difference, differences
 
@@ -94,7 +94,10 @@ class ShardCache:
         }
         cache = cls(folder, meta)
         require_space(folder, n_windows * seq_len * cache._width() * _DTYPE.itemsize)
-        write_json(path, meta)
+        if create_json(path, meta):
+            return cache
+        cache = cls.open(folder)  # another process was faster
+        cache.require(fingerprints)
         return cache
 
     @classmethod

@@ -11,7 +11,7 @@ from cocomix.core.precision import STUDENT, TEACHER, settled
 from cocomix.data.token_files import TokenFiles
 from cocomix.distributed.checkpoint import latest_checkpoint, load_checkpoint, read_trainer_state
 from cocomix.distributed.export import export_checkpoint
-from cocomix.distributed.failures import failures_named, require_agreement
+from cocomix.distributed.failures import failures_named, only_writers, require_agreement
 from cocomix.distributed.ranks import Ranks, limit_waiting, process_group, rank_and_world
 from cocomix.teacher.supervision import Supervision
 from cocomix.training.branch import branch_point, cost_until, require_source, take_metrics
@@ -43,6 +43,8 @@ def train(
     input that does not fit.
     """
     run = Path(config.train.run)
+    if run.exists() and not run.is_dir():
+        raise CocomixError(f"train.run is {run}, which is a file: name a folder")
     if resume and is_finished(run, config):
         if rank_and_world()[0] == 0:
             print(f"{run} is finished: {config.total_steps} steps; its model is in {run / 'model'}")
@@ -51,7 +53,11 @@ def train(
         raise CocomixError(f"{run} already holds a run: pass --resume to go on with it, or set another train.run")
     require_no_lost_history(run)
     require_source(config, branch_from, recorded_branch(run))
-    with process_group(config.train.timeout_minutes) as ranks, failures_named(ranks):
+    with (
+        process_group(config.train.timeout_minutes) as ranks,
+        failures_named(ranks),
+        only_writers(ranks, config.train.run, "cocomix train"),
+    ):
         trainer = Trainer(config, ranks, branch_from, memory_warning)
         try:
             code = trainer.fit()

@@ -36,7 +36,7 @@ def test_it_trains_by_the_config_and_hands_on_the_exit_code(world, monkeypatch, 
         (["teacher.sae=OUT/nothing"], "no SAE at"),
         (["teacher.layer=2"], "the teacher has blocks 0 to 1"),
         (["concept_labels.cache=OUT/nowhere"], "the label cache"),
-        (["train.run=OUT/config.yaml", "model.mixing=none"], "File exists"),
+        (["train.run=OUT/config.yaml", "model.mixing=none"], "config.yaml, which is a file: name a folder"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing_behind(world, capsys, overrides, message):

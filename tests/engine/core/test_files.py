@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from cocomix.core import files
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import (
     atomic_folder,
@@ -336,3 +337,18 @@ def test_a_files_checksum_is_that_of_its_bytes(tmp_path):
     content = os.urandom(100_000)
     (tmp_path / "x").write_bytes(content)
     assert sha256_of_file(tmp_path / "x") == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_json_file_is_created_once(tmp_path, monkeypatch, links):
+    if not links:
+
+        def refuse(*_):
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(files.os, "link", refuse)
+    path = tmp_path / "deep/meta.json"
+    assert files.create_json(path, {"a": 1}) is True
+    assert files.create_json(path, {"a": 2}) is False
+    assert files.read_json(path, "it") == {"a": 1}
+    assert list(path.parent.iterdir()) == [path]

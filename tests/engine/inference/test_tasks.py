@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from cocomix.cli import main
 from cocomix.core.errors import CocomixError
 from cocomix.inference import tasks
+from cocomix.inference.concept_names import add_names
 from cocomix.inference.loading import load_usable
 from cocomix.inference.tasks import TaskOptions, evaluate_tasks
 
@@ -236,6 +237,28 @@ def test_other_settings_task_files_or_weights_are_computed_anew(world, options, 
         next(model.parameters()).add_(0.1)
     model.save_pretrained(tmp_path / "model")
     assert count(one) == 1
+
+
+def test_results_of_evaluations_side_by_side_are_all_kept(tmp_path):
+    """Each has read the file before the others wrote it."""
+    path = tmp_path / "run/evaluations/model.json"
+    some = [tasks._StoredResults(path, {"files": 1}, {"limit": 2}) for _ in range(3)]
+    for number, results in enumerate(some):
+        results.add(f"task-{number}", {"acc": [number, None]})
+    found = tasks._StoredResults(path, {"files": 1}, {"limit": 2}).tasks
+    assert found == {f"task-{number}": {"acc": [number, None]} for number in range(3)} == some[2].tasks
+    tasks._StoredResults(path, {"files": 2}, {"limit": 2}).add("other", {})  # of other files: it starts afresh
+    assert set(tasks._StoredResults(path, {"files": 2}, {"limit": 2}).tasks) == {"other"}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_naming_a_concept_does_not_make_results_old(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    before = tasks._file_listing(tmp_path)
+    add_names(tmp_path, ["3=quotes"], 64)
+    assert tasks._file_listing(tmp_path) == before
+    (tmp_path / "more.json").write_text("{}")
+    assert tasks._file_listing(tmp_path) != before
 
 
 def test_results_lie_in_the_run_or_beside_the_model(world, task_folder, tmp_path):

@@ -1,0 +1,160 @@
+"""One writer a folder: a lock that ends with its process.
+
+The lock of FOLDER is the file .FOLDER.lock beside it, which says who holds it. The system's file locks (flock) end with
+the process, also when it is killed, and hold on network file systems that have them. Where they are refused, the file
+itself is a lease: its holder touches it, and one that was not touched for `LEASE_S` has ended.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import IO
+
+from cocomix.core.errors import CocomixError
+from cocomix.core.files import AnyPath
+
+LEASE_S = 60.0  # a lease that is older has ended
+_TOUCH_S = 10.0
+_RETRY_S = 0.1
+_NO_FILE_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+@contextlib.contextmanager
+def only_writer(folder: AnyPath, command: str, wait_s: float = 0.0) -> Generator[None]:
+    """Inside, no other process writes `folder` (a file or a folder, which need not be there yet).
+
+    `command` is what others are told. Raises `CocomixError` where another process still holds it after `wait_s`
+    seconds, naming that and since when, and where the place cannot be written.
+    """
+    target = Path(os.path.realpath(folder))
+    path = target.with_name(f".{target.name}.lock")
+    made = [parent for parent in path.parents if not parent.exists()]
+    try:
+        with contextlib.ExitStack() as held:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _enter(held, lambda: _locked(path, folder, command), wait_s)
+            except OSError as error:
+                raise CocomixError(f"{folder} cannot be written: {error.strerror}; choose another place") from error
+            yield
+    finally:
+        for parent in made:
+            with contextlib.suppress(OSError):  # it holds something now
+                parent.rmdir()
+
+
+class _Held(CocomixError):
+    """Another process has it."""
+
+
+def _enter(held: contextlib.ExitStack, lock: Callable[[], contextlib.AbstractContextManager[None]], wait_s: float):
+    end = time.monotonic() + wait_s
+    while True:
+        try:
+            return held.enter_context(lock())
+        except _Held:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(_RETRY_S)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, folder: AnyPath, command: str) -> Generator[None]:
+    while True:
+        file = open(path, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise _refusal(path, folder) from None
+        except OSError as error:
+            file.close()
+            if error.errno not in _NO_FILE_LOCKS:
+                raise
+            with _leased(path, folder, command):
+                yield
+            return
+        if _is_still(file, path):  # and not what its last holder has just deleted
+            break
+        file.close()
+    with file:
+        file.truncate(0)
+        file.write(_description(command))
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _is_still(file: IO[str], path: Path) -> bool:
+    try:
+        return os.fstat(file.fileno()).st_ino == os.stat(path).st_ino
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def _leased(path: Path, folder: AnyPath, command: str) -> Generator[None]:
+    if _content(path) and _now(path) - path.stat().st_mtime < LEASE_S:
+        raise _refusal(path, folder)
+    path.unlink(missing_ok=True)  # of one that has ended, or empty, as opening it for a lock has left it
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(_description(command))
+    except FileExistsError:
+        raise _refusal(path, folder) from None
+    ended = threading.Event()
+
+    def touch() -> None:
+        while not ended.wait(_TOUCH_S):
+            with contextlib.suppress(OSError):
+                os.utime(path)
+
+    toucher = threading.Thread(target=touch, daemon=True)
+    toucher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        toucher.join()
+        path.unlink(missing_ok=True)
+
+
+def _now(path: Path) -> float:
+    """The time by the clock of the file system, which another machine may keep."""
+    probe = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    probe.touch()
+    try:
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink()
+
+
+def _description(command: str) -> str:
+    return json.dumps({"command": command, "process": os.getpid(), "host": socket.gethostname(), "since": time.time()})
+
+
+def _content(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
+
+
+def _refusal(path: Path, folder: AnyPath) -> _Held:
+    try:
+        held = json.loads(_content(path))
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(held["since"]))
+        who = f"{held['command']} (process {held['process']} on {held['host']}, since {since})"
+    except (ValueError, TypeError, KeyError):
+        who = "another process"
+    return _Held(f"{folder} is being written by {who}: wait for it, end it, or name another folder")
