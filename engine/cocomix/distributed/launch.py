@@ -19,6 +19,14 @@ _QUIET_S = 10.0  # a process that waits longer for the first one says so
 _RETRY_S = 1.0
 _BY_LAUNCHER = "torchrun and deepspeed set it; configs/launch/slurm.md shows how to set it yourself"
 
+# What others call the number of processes, a process's number, and that on its machine
+_OTHERS = (
+    ("SLURM", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+    ("Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("MVAPICH2", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
+    ("MPI", "PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID"),
+)
+
 
 def announced_ranks() -> tuple[int, int]:
     """This process's number and the number of processes; 0 and 1 where no launcher announced any.
@@ -29,6 +37,7 @@ def announced_ranks() -> tuple[int, int]:
         world = _number("WORLD_SIZE", 1)
         if world != 1:
             raise CocomixError(f"WORLD_SIZE is {world} but RANK is not set: {_BY_LAUNCHER}, or unset WORLD_SIZE")
+        _require_alone()
         return 0, 1
     rank, world = _number("RANK"), _number("WORLD_SIZE")
     if not 0 <= rank < world:
@@ -37,6 +46,20 @@ def announced_ranks() -> tuple[int, int]:
             "WORLD_SIZE - 1, and all of them the same WORLD_SIZE"
         )
     return rank, world
+
+
+def _require_alone() -> None:
+    """Raise `CocomixError` where SLURM or MPI has started several processes: each would take itself for the only one.
+
+    SLURM says so in the batch script too, where training alone on an allocation for many would be a mistake as well.
+    """
+    for system, size, number, local in _OTHERS:
+        if os.environ.get(size, "1").isdecimal() and int(os.environ.get(size, "1")) > 1 and number in os.environ:
+            raise CocomixError(
+                f"{system} has {os.environ[size]} processes, of which this is number {os.environ[number]}, but RANK is "
+                f"not set: set RANK=${number} WORLD_SIZE=${size} LOCAL_RANK=${local} in each of them, and the same "
+                f"MASTER_ADDR and MASTER_PORT in all (configs/launch/slurm.md); or unset {size} for one that is alone"
+            )
 
 
 def announced_local_rank() -> int:

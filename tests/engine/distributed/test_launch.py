@@ -67,6 +67,33 @@ def test_variables_that_cannot_be_are_refused_in_one_line(announce, values, mess
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.parametrize(
+    ("size", "number"),
+    [
+        ("SLURM_NTASKS", "SLURM_PROCID"),
+        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+        ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
+        ("PMI_SIZE", "PMI_RANK"),
+    ],
+)
+def test_processes_of_another_launcher_are_not_each_alone(announce, monkeypatch, size, number):
+    announce()
+    for rank in ("0", "1"):
+        monkeypatch.setenv(size, "2")
+        monkeypatch.setenv(number, rank)
+        with pytest.raises(
+            CocomixError, match=f"has 2 processes, of which this is number {rank}, but RANK is not set: "
+        ):
+            announced_ranks()
+        with pytest.raises(CocomixError, match=rf"set RANK=\${number} WORLD_SIZE=\${size} "), process_group(1):
+            pass
+    monkeypatch.setenv(size, "1")
+    assert announced_ranks() == (0, 1)
+    monkeypatch.setenv(size, "2")
+    announce(RANK=1, WORLD_SIZE=2)  # whoever sets both knows better
+    assert announced_ranks() == (1, 2)
+
+
 def test_what_a_launcher_announces_is_taken(announce):
     announce.two(1, 29500, host="node1")
     assert announced_ranks() == (1, 2) and announced_local_rank() == 1 and announced_master() == ("node1", 29500)
