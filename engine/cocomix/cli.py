@@ -12,6 +12,8 @@ import threading
 import wrapt
 
 from cocomix.core.errors import CocomixError
+from cocomix.core.output import lost_output_is_no_error
+from cocomix.core.signals import handled
 
 # In the order of `cocomix --help`; each is a module of cocomix.commands.
 COMMANDS = ("data", "train", "sae", "labels", "plan", "profile", "eval", "report", "generate", "concepts", "export")
@@ -26,7 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     training run that was saved, 130 for any other interrupt."""
     options = _parse(arguments)
     command = _find(options.command)
-    return exit_code(options.command, lambda: command.run(options), getattr(command, "WHEN_INTERRUPTED", None))
+    outlives = lost_output_is_no_error if getattr(command, "OUTLIVES_ITS_OUTPUT", False) else contextlib.nullcontext
+    with outlives():
+        return exit_code(options.command, lambda: command.run(options), getattr(command, "WHEN_INTERRUPTED", None))
 
 
 def exit_code(name: str, work, when_interrupted: str | None = None) -> int:
@@ -36,13 +40,15 @@ def exit_code(name: str, work, when_interrupted: str | None = None) -> int:
     try:
         with _terminated_like_interrupted():
             code = work() or 0
-            sys.stdout.flush()
+            if sys.stdout is not None:  # it is where it was closed before the start
+                sys.stdout.flush()
             return code
     except CocomixError as error:
         print(f"cocomix {name}: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except BrokenPipeError:  # as in `cocomix plan ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        if sys.stdout is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
         return EXIT_BROKEN_PIPE
     except OSError as error:
         if error.filename is None:
@@ -56,15 +62,12 @@ def exit_code(name: str, work, when_interrupted: str | None = None) -> int:
 
 @contextlib.contextmanager
 def _terminated_like_interrupted():
-    """SIGTERM raises KeyboardInterrupt inside the block, so that half-written files are cleared away."""
+    """Signals that ask to end raise KeyboardInterrupt inside the block, so that half-written files are cleared away."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    with handled(signal.default_int_handler, but=signal.SIGINT):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _find(name):

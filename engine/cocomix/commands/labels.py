@@ -5,6 +5,7 @@ from cocomix.core.threads import wait_passively_on_busy_cores
 
 SUMMARY = "compute the cache of concept labels, or of soft targets; continues where it stopped"
 WHEN_INTERRUPTED = "the same command continues from what is complete"
+OUTLIVES_ITS_OUTPUT = True
 
 
 def add_arguments(parser):

@@ -5,6 +5,7 @@ from cocomix.core.threads import wait_passively_on_busy_cores
 
 SUMMARY = "train a TopK sparse autoencoder on a block of the teacher"
 WHEN_INTERRUPTED = "the same command continues from what is complete"
+OUTLIVES_ITS_OUTPUT = True
 
 
 def add_arguments(parser):

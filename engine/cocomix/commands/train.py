@@ -7,6 +7,7 @@ from cocomix.core.threads import wait_passively_on_busy_cores
 
 SUMMARY = "pretrain a student (model.mixing=none: the NTP baseline)"
 WHEN_INTERRUPTED = "with --resume it continues from its last checkpoint"
+OUTLIVES_ITS_OUTPUT = True
 
 
 def add_arguments(parser):

@@ -1,8 +1,9 @@
-"""Requests to stop a run: SIGINT and SIGTERM, heard between steps."""
+"""Requests to stop a run: signals, heard between steps."""
 
-import signal
+import contextlib
 import time
 
+from cocomix.core.signals import handled
 from cocomix.distributed.ranks import Ranks
 from cocomix.training.agreement import any_rank
 
@@ -18,15 +19,14 @@ class StopRequests:
     def __init__(self, ranks: Ranks, log_every: int):
         self._ranks, self._log_every = ranks, log_every
         self._asked_at: float | None = None
-        self._previous = {}
+        self._handled = contextlib.ExitStack()
 
     def __enter__(self) -> "StopRequests":
-        self._previous = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._handled.enter_context(handled(self._hear))
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._handled.close()
 
     def agreed(self, step: int) -> bool:
         """Whether to stop after step `step`, the same on all ranks; they ask together, after every step."""

@@ -1,11 +1,15 @@
 import os
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from command_helpers import assert_refused, call, one_line, record_call
+from run_helpers import environment
 
 from cocomix.costs.memory_check import memory_warning
+from cocomix.distributed.checkpoint import latest_checkpoint
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -55,3 +59,24 @@ def test_an_sae_file_that_needs_unpickling_is_refused(world, tmp_path, capsys):
     assert call(world, "train", f"teacher.sae={tmp_path}/sae.pt", f"train.run={tmp_path}/run") == 2
     assert f"{tmp_path}/sae.pt" in one_line(capsys, "train")
     assert not (tmp_path / "executed").exists() and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_terminal_that_closes_and_a_schedulers_warning_save_the_run(world, number):
+    run = f"signal-{number}"
+    settings = ["model.mixing=none", "train.tokens=40000"]
+    code, output = world.interrupt(world.command(run, *settings), run, 3, number, threads=1)
+    assert code == 75 and "interrupted: saved step" in output, output
+    assert latest_checkpoint(world.folder / run) is not None
+
+
+@pytest.mark.slow
+def test_a_training_whose_reader_has_gone_ends_well(world):
+    command = world.command("unread", "model.mixing=none", "train.tokens=2000")
+    with open("/dev/full", "w") as full:
+        reading, writing = os.pipe()
+        os.close(reading)
+        done = subprocess.run(command, env=environment(threads=1), stdout=writing, stderr=full, timeout=300)
+        os.close(writing)
+    assert done.returncode == 0 and (world.folder / "unread/model/config.json").exists()

@@ -11,7 +11,7 @@ from cocomix.training.stop_requests import StopRequests
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_asks_to_stop_and_the_handlers_come_back(number):
     before = signal.getsignal(number)
     with StopRequests(ALONE, 10) as requests:
@@ -20,6 +20,18 @@ def test_a_signal_asks_to_stop_and_the_handlers_come_back(number):
         assert requests.agreed(1)
         os.kill(os.getpid(), number)  # at once: the same request
     assert signal.getsignal(number) is before
+
+
+def test_what_is_ignored_stays_ignored():
+    """`nohup` starts a program that way, to let it go on when its terminal closes."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequests(ALONE, 10) as requests:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not requests.agreed(1)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_asked_again_later_it_interrupts_and_the_handlers_come_back(monkeypatch):
