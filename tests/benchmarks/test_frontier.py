@@ -143,7 +143,7 @@ def test_options_that_mean_nothing_are_refused(folder, options, capsys):
     assert "error" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("size", "caches"), [("1m", 1), ("5m", 3)])
+@pytest.mark.parametrize(("size", "caches"), [("1m", 3), ("5m", 3)])
 def test_the_projects_own_frontiers_can_be_planned(size, caches, capsys):
     folder = ROOT / "configs/frontier" / size
     assert frontier.main([str(folder), "--list"]) == 0

@@ -16,6 +16,8 @@ from cocomix.core.errors import CocomixError
 
 AnyPath = str | os.PathLike[str]
 
+_UMASK = os.umask(0o077)  # there is no asking for it without setting it, which other threads would notice later on
+os.umask(_UMASK)
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # of file systems without hard links
 # How safetensors and tokenizers say it, which raise no OSError.
@@ -90,6 +92,7 @@ def atomic_path(path: AnyPath) -> Generator[Path]:
     try:
         with explain_full_disk(path):
             yield aside
+            _open_to_umask(aside)
             sync_to_disk(aside)
         with _explain_refusal(path):
             os.replace(aside, path)
@@ -129,11 +132,19 @@ def atomic_folder(path: AnyPath) -> Generator[Path]:
             yield aside
         with _explain_refusal(given):
             for folder, _, files in os.walk(aside):
+                for name in files:
+                    _open_to_umask(Path(folder, name))
                 for name in (*files, ""):
                     sync_to_disk(Path(folder, name))
             _exchange(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _open_to_umask(path: Path) -> None:
+    """Give a file the mode that any new file has here: safetensors makes its own readable to their owner alone."""
+    if not path.is_symlink():
+        os.chmod(path, 0o666 & ~_UMASK)
 
 
 def _exchange(new: Path, path: Path) -> None:

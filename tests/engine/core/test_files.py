@@ -3,6 +3,8 @@ import hashlib
 import io
 import json
 import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -352,3 +354,24 @@ def test_a_json_file_is_created_once(tmp_path, monkeypatch, links):
     assert files.create_json(path, {"a": 2}) is False
     assert files.read_json(path, "it") == {"a": 1}
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_have_the_mode_that_the_umask_gives(tmp_path, umask):
+    """Those of safetensors too, which makes its own with another one; also deep inside a folder."""
+    script = """
+import sys, pathlib, torch
+from safetensors.torch import save_file
+from cocomix.core.files import atomic_folder, atomic_path, write_json
+out = pathlib.Path(sys.argv[1])
+with atomic_path(out / "a.safetensors") as aside:
+    save_file({"x": torch.zeros(2)}, aside)
+with atomic_folder(out / "folder") as aside:
+    (aside / "deep").mkdir()
+    save_file({"x": torch.zeros(2)}, aside / "deep" / "b.safetensors")
+write_json(out / "c.json", {})
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "out")]
+    subprocess.run(command, preexec_fn=lambda: os.umask(umask), check=True, timeout=120)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert modes == dict.fromkeys(("a.safetensors", "b.safetensors", "c.json"), 0o666 & ~umask)
