@@ -55,7 +55,7 @@ def visible(text: str) -> Markup:
 
 
 def _text_section(reading, colors, names):
-    left_out = f" The text has {reading.n_left_out:,} tokens more, which are left out." if reading.n_left_out else ""
+    left_out = f" The text has {reading.n_left_out:,} bytes more, which are left out." if reading.n_left_out else ""
     notes = (
         f"{len(reading.ids):,} tokens{_few(reading)}{agreement(reading)}.{left_out} Under each token stands the "
         "concept that makes up most of its continuous concept, and its colour is that concept's, stronger with its "

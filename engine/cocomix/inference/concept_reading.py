@@ -3,6 +3,7 @@
 Shapes: n tokens of a text, k kept concepts a token, C concepts, K labels.
 """
 
+import re
 from dataclasses import dataclass
 from typing import cast
 
@@ -12,6 +13,9 @@ import torch
 from cocomix.core.errors import CocomixError
 from cocomix.inference.loading import UsableModel
 
+_CHARACTERS = 16  # of a text for each token that is wanted, at first; more where that is too little
+_UNSETTLED = 16  # tokens before a cut that the text behind it might still change
+_LONGEST_WORD = 1024  # looked back for a place to cut
 _IGNORED = 0.1  # a row of the compress layer is ignored below this share of the median norm
 
 
@@ -28,7 +32,7 @@ class Reading:
     shares: np.ndarray  # [n, k], they sum to 1
     labels: np.ndarray | None  # [n, K], None without a teacher
     window: int  # tokens that were read together
-    n_left_out: int  # tokens of the text beyond those
+    n_left_out: int  # bytes of the text (UTF-8) beyond those
 
     @property
     def main(self) -> np.ndarray:
@@ -42,16 +46,18 @@ class Reading:
 
 
 @torch.no_grad()
-def read_text(usable: UsableModel, text: str, max_tokens: int, teacher=None) -> Reading:
-    """Predict concepts for a text, in windows of the model's context as in training, up to `max_tokens`.
+def read_text(usable: UsableModel, text: str, max_tokens: int, teacher=None, n_bytes: int | None = None) -> Reading:
+    """Predict concepts for a text, in windows of the model's context as in training, up to `max_tokens`. `n_bytes` is
+    the length of all of it (UTF-8) where `text` is only its beginning.
 
     Raises `CocomixError` for a text without tokens.
     """
     model, tokenizer = usable.model, usable.tokenizer
-    all_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if not all_ids:
+    first, n_characters = first_tokens(tokenizer, text, max_tokens)
+    if not first:
         raise CocomixError("there is no text to read concepts from")
-    ids = torch.tensor(all_ids[:max_tokens], device=model.device)
+    n_bytes = len(text.encode("utf-8", "surrogatepass")) if n_bytes is None else n_bytes
+    ids = torch.tensor(first, device=model.device)
     context = cast(int, usable.context)  # every student has one
     kept, labels = [], []
     for window in ids.split(context):
@@ -72,8 +78,27 @@ def read_text(usable: UsableModel, text: str, max_tokens: int, teacher=None) -> 
         shares.cpu().numpy(),
         torch.cat(labels).cpu().numpy() if labels else None,
         context,
-        len(all_ids) - len(ids),
+        n_bytes - len(text[:n_characters].encode("utf-8", "surrogatepass")),
     )
+
+
+def first_tokens(tokenizer, text: str, n: int) -> tuple[list[int], int]:
+    """The first n tokens of a text, and how many of its characters they stand for. No more of it is tokenized than that
+    takes: tokenizing needs a hundred times the memory of the text."""
+    size = _CHARACTERS * n + 1024
+    while True:
+        end = len(text) if size >= len(text) else _last_word_end(text, size)
+        found = tokenizer(text[:end], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids, places = found["input_ids"], found["offset_mapping"]
+        if end == len(text) or len(ids) >= n + _UNSETTLED:
+            return ids[:n], places[min(n, len(ids)) - 1][1] if ids else 0
+        size *= 4
+
+
+def _last_word_end(text: str, size: int) -> int:
+    """Where the last word before `size` characters ends, behind which a tokenizer begins afresh; `size` without any."""
+    cut = re.search(r"\S(?=\s+\S*$)", text[max(0, size - _LONGEST_WORD) : size])
+    return size if cut is None else max(0, size - _LONGEST_WORD) + cut.end()
 
 
 def _spread(values: torch.Tensor, window: torch.Tensor, chosen: slice) -> torch.Tensor:

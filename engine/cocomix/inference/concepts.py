@@ -14,6 +14,8 @@ from cocomix.inference.concept_survey import Corpus, survey
 from cocomix.inference.loading import load_teacher, load_usable, run_settings
 from cocomix.inference.steering import check_concept, require_concepts
 
+_LONGEST_TOKEN = 128  # characters, of nearly all
+
 
 @dataclass(frozen=True)
 class Request:
@@ -30,14 +32,17 @@ class Request:
     out: str = "concepts.html"
     per_token: bool = False
 
-    def read(self) -> str | None:
-        """The text itself. Raises `CocomixError` where it cannot be had."""
+    def read(self) -> tuple[str | None, int | None]:
+        """The text, of a file as much of its beginning as `max_tokens` can need, and the bytes of all of it where there
+        may be more. Raises `CocomixError` where it cannot be had."""
         if self.text is not None or self.text_file is None:
-            return self.text
-        if not Path(self.text_file).is_file():
+            return self.text, None
+        path = Path(self.text_file)
+        if not path.is_file():
             raise CocomixError(f"there is no file {self.text_file}: name a text file, or give the text with --text")
         try:
-            return Path(self.text_file).read_text(encoding="utf-8")
+            with open(path, encoding="utf-8", newline="") as file:
+                return file.read(_LONGEST_TOKEN * (self.max_tokens + 1024)), path.stat().st_size
         except (OSError, UnicodeDecodeError) as error:
             raise CocomixError(f"{self.text_file} cannot be read as UTF-8 text: {error}") from None
 
@@ -49,7 +54,7 @@ def run(path, request: Request) -> None:
     """
     if request.text is not None and request.text_file is not None:
         raise CocomixError("there is a text file and --text: give one of them")
-    text = request.read()
+    text, n_bytes = request.read()
     if min(request.corpus_tokens, request.max_tokens) < 1:
         raise CocomixError("--corpus-tokens and --max-tokens must be at least 1")
     usable = load_usable(path, own_device())
@@ -64,7 +69,7 @@ def run(path, request: Request) -> None:
         return
     wanted = [check_concept(find_concept(one, names), usable.model.config.concept_dim) for one in request.concepts]
     teacher = _teacher(path, request.teacher_config, usable) if text is not None else None
-    reading = read_text(usable, text, request.max_tokens, teacher) if text is not None else None
+    reading = read_text(usable, text, request.max_tokens, teacher, n_bytes) if text is not None else None
     chosen = chosen_concepts(reading, wanted)
     surveyed = survey(usable.model, _corpus(path, request, usable), chosen)
     cards = [make_card(usable, concept, reading, surveyed) for concept in chosen]
@@ -106,7 +111,7 @@ def summary_lines(reading, cards, surveyed, names, per_token: bool = False) -> l
     lines = []
     if reading is not None:
         lines += _token_lines(reading, names) if per_token else []
-        left_out = f" (its first; {reading.n_left_out:,} more were left out)" if reading.n_left_out else ""
+        left_out = f" (its first; {reading.n_left_out:,} bytes more were left out)" if reading.n_left_out else ""
         there = reading.concepts[reading.has_concept]
         few = "" if reading.has_concept.all() else f", {len(there):,} of them with concepts"
         lines.append(

@@ -12,7 +12,7 @@ from cocomix import CoCoMixForCausalLM
 from cocomix.core.errors import CocomixError
 from cocomix.inference.concept_cards import chosen_concepts, make_card
 from cocomix.inference.concept_page import page
-from cocomix.inference.concept_reading import agreement, compress_norms, ignored, read_text
+from cocomix.inference.concept_reading import agreement, compress_norms, first_tokens, ignored, read_text
 from cocomix.inference.concept_survey import Corpus, survey
 from cocomix.inference.concepts import summary_lines
 from cocomix.inference.loading import load_teacher, load_usable
@@ -60,10 +60,32 @@ def test_the_concepts_of_a_text_are_what_the_model_keeps_and_the_labels_what_the
 
 def test_a_long_text_is_cut_where_it_is_said_and_counted(usable):
     whole, cut = (read_text(usable, TEXT, n) for n in (1000, 7))
-    assert len(cut.ids) == 7 and cut.n_left_out == len(whole.ids) - 7 and cut.labels is None
+    assert len(cut.ids) == 7 and cut.n_left_out == len("".join(whole.tokens[7:])) and cut.labels is None
     assert np.array_equal(cut.concepts, whole.concepts[:7])
     with pytest.raises(CocomixError, match="no text to read"):
         read_text(usable, "", 10)
+
+
+@pytest.mark.parametrize(
+    "text", [TEXT * 300, "äöü € " * 3000, "x" * 20_000, " \n" * 9000, "word" * 900 + " end " * 9000]
+)
+@pytest.mark.parametrize("n", [1, 100, 1000])
+def test_the_first_tokens_are_those_of_the_whole_text(usable, text, n):
+    whole = usable.tokenizer(text, return_offsets_mapping=True)
+    ids, n_characters = first_tokens(usable.tokenizer, text, n)
+    assert ids == whole["input_ids"][:n]
+    assert n_characters == whole["offset_mapping"][len(ids) - 1][1]
+
+
+def test_of_a_long_text_only_the_beginning_is_tokenized(usable):
+    seen = []
+
+    def counting(text, **options):
+        seen.append(len(text))
+        return usable.tokenizer(text, **options)
+
+    first_tokens(counting, TEXT * 100_000, 64)
+    assert sum(seen) < 100_000
 
 
 def test_agreement_counts_the_labels_that_were_predicted(reading):
