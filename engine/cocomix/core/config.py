@@ -39,7 +39,7 @@ class DataConfig:
     # files, folders, "stdlib", "hf:NAME[:SPLIT[:SUBSET]]", or mappings {path: ..., weight: ..., text_key: ...}
     text: list[Any] = field(default_factory=list)
     text_key: str = "text"  # the field of JSONL records and dataset rows that holds the text
-    tokenizer: str | None = None  # a folder or hub name; none: train a byte-level BPE on the text
+    tokenizer: str | None = None  # a folder, or hf:NAME on the hub; none: train a byte-level BPE on the text
     # of a tokenizer that is trained here
     vocab_size: int = positive(4096, at_most=65536, because="token files hold uint16")
     max_tokens: int = not_negative(0)  # stop after the document that reaches so many tokens; 0: take all text
@@ -74,7 +74,7 @@ class ModelConfig:
 class TeacherConfig:
     """The frozen side: a causal language model, the block its SAE reads, and the SAE."""
 
-    model: str | None = None  # a transformers folder or hub name
+    model: str | None = None  # a transformers folder, or hf:NAME on the hub
     sae: str | None = None  # an SAE file or folder; `cocomix sae` writes it
     sae_k: int | None = None  # keep at most so many latents a token; null: a TopK SAE's own k, 32 of any other SAE
     layer: int = not_negative(5)  # m, 0-based

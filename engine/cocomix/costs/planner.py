@@ -24,6 +24,7 @@ from cocomix.core.flops import (
     training_flops,
 )
 from cocomix.core.methods import SOFT_TARGETS, doubles_sequence, mixes_concepts, predicts_concepts
+from cocomix.core.model_names import without_prefix
 from cocomix.core.precision import settled
 from cocomix.core.shapes import StudentShape, TeacherShape, student_shape
 from cocomix.costs.cluster import Cluster
@@ -106,7 +107,7 @@ def known_vocabulary(config: Config) -> int:
     name = config.data.tokenizer
     if name is None:
         return config.data.vocab_size
-    if name.removeprefix("openai-community/") in GPT2_SIZES:
+    if _gpt2_size(name):
         return GPT2_VOCABULARY
     raise CocomixError(
         f"the vocabulary's size is not known before `cocomix data` has run: pass --vocab-size (that of {name})"
@@ -130,7 +131,7 @@ def _teacher(config, vocab_size):
 
 def _language_model_shape(name, cache):
     """Width, blocks and vocabulary; `cache` says what to do where they cannot be known."""
-    known = GPT2_SIZES.get(name.removeprefix("openai-community/"))
+    known = _gpt2_size(name)
     if known is not None:
         return *known, GPT2_VOCABULARY
     file = Path(name) / "config.json"
@@ -143,6 +144,11 @@ def _language_model_shape(name, cache):
     if width is None or n_layer is None:
         raise CocomixError(f"{file} names neither n_embd and n_layer nor hidden_size and num_hidden_layers")
     return width, n_layer, stored["vocab_size"]
+
+
+def _gpt2_size(name):
+    """Width and blocks of a GPT-2 by its name on the hub; None for any other name."""
+    return GPT2_SIZES.get(without_prefix(name).removeprefix("openai-community/"))
 
 
 def _read_shape(file, *keys):

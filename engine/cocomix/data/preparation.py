@@ -13,6 +13,7 @@ from cocomix.core.config import DataConfig
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import atomic_folder, atomic_write, require_space, sha256_of_file, write_json
 from cocomix.core.locks import only_writer
+from cocomix.core.model_names import without_prefix
 from cocomix.core.origin import differences
 from cocomix.data.documents import Piece, pieces, require_text
 from cocomix.data.sources import Source, open_sources
@@ -91,6 +92,7 @@ def _settings(config: DataConfig) -> dict:
     settings["text"] = list(config.text)
     if config.tokenizer is None:
         return {**settings, "vocab_size": config.vocab_size}
+    settings["tokenizer"] = without_prefix(config.tokenizer)
     file = Path(config.tokenizer, "tokenizer.json")
     return {**settings, "tokenizer_sha256": sha256_of_file(file) if file.is_file() else None}
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from cocomix.core.errors import CocomixError
+from cocomix.core.model_names import OF_TOKENIZERS, as_transformers_names_it, first_line
 
 END_OF_TEXT = "<|endoftext|>"
 TOKEN_DTYPE = np.dtype("<u2")
@@ -38,13 +39,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
 
 
 def load_tokenizer(name: str):
-    """The transformers tokenizer of a folder or hub name. Raises `CocomixError` when there is none."""
+    """The transformers tokenizer of a folder, or of "hf:NAME" on the hub; no code that lies beside it is run. Raises
+    `CocomixError` when there is none."""
     from transformers import AutoTokenizer
 
+    named = as_transformers_names_it(name)
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(named, **OF_TOKENIZERS)
     except Exception as error:  # transformers, the hub client and tokenizers have no common base exception
-        raise CocomixError(f"the tokenizer {name} cannot be loaded: {error}") from error
+        raise CocomixError(f"the tokenizer {name} cannot be loaded: {first_line(error)}") from error
 
 
 def vocab_size_of(tokenizer) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import atomic_folder, read_json, require_space
+from cocomix.core.model_names import first_line
 from cocomix.distributed.checkpoint import latest_checkpoint, read_trainer_state
 from cocomix.distributed.training_state import read_weights
 
@@ -70,7 +71,8 @@ def load_model(path) -> "PreTrainedModel":
     if not is_checkpoint(folder):
         return load_language_model(folder)
     weights = _weights_of_checkpoint(folder)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder / "model"))
+    config = AutoConfig.from_pretrained(folder / "model", trust_remote_code=False)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.load_state_dict(weights, strict=False)  # a tied weight is there once; the rest has been checked
     return model.requires_grad_(False).eval()
 
@@ -179,12 +181,13 @@ def _expected_shapes(folder):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CocomixError(f"{folder / 'config.json'} describes no causal language model: {reason}") from None
+        raise CocomixError(
+            f"{folder / 'config.json'} describes no causal language model: {first_line(error)}"
+        ) from None
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return shapes, set(getattr(model, "all_tied_weights_keys", None) or {})
 

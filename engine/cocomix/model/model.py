@@ -374,7 +374,7 @@ class CoCoMixForCausalLM(CoCoMixPreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_gpt2(cls, path_or_model):
-        """Take over any GPT-2 in transformers' format (a folder, hub name or model), as mixing="none".
+        """Take over any GPT-2 in transformers' format (a folder, "hf:NAME" on the hub, or a model), as mixing="none".
 
         Raises `CocomixError` for another architecture or a variant of GPT-2 that computes something else.
         """

@@ -1,29 +1,34 @@
 """Causal language models of transformers, this program's own among them: loaded frozen, and told apart."""
 
 import hashlib
+import sys
 from typing import TYPE_CHECKING
 
 import torch
 
 from cocomix.core.errors import CocomixError
+from cocomix.core.model_names import OF_MODELS, as_transformers_names_it, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def load_language_model(path) -> "PreTrainedModel":
-    """Load a causal language model (a transformers folder or hub name) in float32, frozen and in evaluation mode.
+    """Load a causal language model (a transformers folder, or "hf:NAME" from the hub) in float32, frozen and in
+    evaluation mode. No code that lies beside it is run, and only safetensors are read.
 
     Raises `CocomixError` where there is no such model.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    name = as_transformers_names_it(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **OF_MODELS)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CocomixError(f"cannot load a causal language model from {path}: {reason}") from None
+        raise CocomixError(f"cannot load a causal language model from {path}: {first_line(error)}") from None
+    if getattr(model.config, "auto_map", None):
+        print(f"note: {path} asks for code of its own to be run; it is not", file=sys.stderr)
     return model.requires_grad_(False).eval()
 
 

@@ -397,7 +397,7 @@ class _ResidualStream:
 def _output_folder(config: Config) -> Path:
     """`teacher.sae`, which must be free or hold what an earlier `cocomix sae` wrote: it will be replaced."""
     purpose = {
-        "model": "a transformers folder or hub name of the frozen language model",
+        "model": "a transformers folder, or hf:NAME on the hub, of the frozen language model",
         "sae": "the folder to write the SAE to",
     }
     for key, meaning in purpose.items():
