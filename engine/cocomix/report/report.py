@@ -101,6 +101,13 @@ def _saving_notes(compared: list[Arm], names: list[str]) -> list[str]:
         if arm.has_budgets != baseline.has_budgets:
             notes.append(f"{name} and {ntp} were not both trained for several budgets: no saving in tokens is told.")
             continue
+        best = min(e["loss"] for e in baseline.evaluations)
+        if not arm.is_baseline and any(curve[0]["loss"] < best for curve in arm.curves.values()):
+            notes.append(
+                f"{name} is past the best validation loss of {ntp} ({best:.3f}) at its first evaluation: only earlier "
+                "ones, or smaller budgets, would tell how many tokens it saves."
+            )
+            continue
         lowest, first = min(e["loss"] for e in arm.evaluations), baseline.evaluations[0]["loss"]
         if lowest > first and len(baseline.evaluations) > 1:  # of a single evaluation there is no more to say
             notes.append(

@@ -522,6 +522,14 @@ def test_what_pays_in_tokens_may_not_in_arithmetic_or_time(pair):
     )
 
 
+def test_a_method_that_was_ahead_from_the_first_has_no_saving_and_that_is_said(tmp_path):
+    ntp = load_run(write_run(tmp_path / "ntp"))
+    ahead = load_run(write_run(tmp_path / "ahead", "interleave", offset=-3.0))
+    table = comparison_table([ntp, ahead])
+    assert "CoCoMix (cached labels) is past the best validation loss of NTP (4.455) at its first evaluation: " in table
+    assert "reaches a validation loss" not in table
+
+
 def test_what_the_teacher_gave_is_a_line_of_its_own(tmp_path):
     ntp = write_run(tmp_path / "ntp")
     alike = [write_run(tmp_path / name, "interleave", supervision_flops_per_token=9e7) for name in ("one", "two")]
