@@ -32,6 +32,11 @@ def not_negative(default: float) -> Any:
     return _setting(default, lambda value: _not_finite(value) or ("must not be negative" if value < 0 else None))
 
 
+def fits_64_bits(value: int) -> bool:
+    """Whether random generators take it as a seed."""
+    return -(2**63) <= value < 2**63
+
+
 def one_of(default: Any, choices: tuple[Any, ...], in_words: str | None = None) -> Any:
     """A setting that must be one of `choices`, of which None is called null."""
     names = [str(choice) for choice in choices if choice is not None]

@@ -16,7 +16,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cocomix.core.checks import checked, not_negative, one_of, positive, problems
+from cocomix.core.checks import checked, fits_64_bits, not_negative, one_of, positive, problems
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import AnyPath
 from cocomix.core.methods import MIXING, predicts_concepts
@@ -100,7 +100,7 @@ class SaeConfig:
     aux_k: int = not_negative(256)  # dead latents that help to explain the residual
     aux_weight: float = not_negative(1 / 32)
     dead_after_tokens: int = positive(1_000_000)  # a latent silent for so long is dead
-    seed: int = 0
+    seed: int = checked(0, fits_64_bits, "must fit into 64 bits")
 
 
 @dataclass
@@ -127,7 +127,9 @@ class TrainConfig:
 
     run: str = "runs/run"  # metrics, checkpoints and the finished model
     tokens: int = positive(1_000_000_000)  # training tokens; steps = ceil(tokens / (global_batch * seq_len))
-    global_batch: int = positive(512)  # windows in one optimizer step, over all ranks
+    global_batch: int = positive(
+        512, at_most=2**24, because="a step's windows are listed in memory"
+    )  # windows in one optimizer step, over all ranks
     micro_batch: int = positive(8)  # windows in one forward pass of one rank
     lr: float = positive(6e-4)
     schedule: str = one_of("cosine", SCHEDULES)  # of the learning rate after its warm-up, see `training.schedule`
@@ -150,7 +152,7 @@ class TrainConfig:
     compile: bool = False  # torch.compile each block
     # over the doubled sequence: torch | triton | flash | cudnn; null: by rule
     attention_backend: str | None = one_of(None, (None, *ATTENTION_BACKENDS))
-    seed: int = 0  # of initialisation and data order
+    seed: int = checked(0, fits_64_bits, "must fit into 64 bits")  # of initialisation and data order
     log_every: int = positive(10)
     eval_every: int = positive(500)
     eval_windows: int = not_negative(0)  # validation windows an evaluation reads; 0: all
@@ -162,7 +164,9 @@ class TrainConfig:
     spike_deviations: float = not_negative(6.0)
     tensorboard: bool = True
     wandb_project: str | None = None  # log to Weights & Biases as well
-    timeout_minutes: float = positive(10.0)  # a collective that waits longer ends the run
+    timeout_minutes: float = positive(
+        10.0, at_most=525_600, because="that is a year"
+    )  # a collective that waits longer ends the run
 
 
 @dataclass

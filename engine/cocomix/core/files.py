@@ -216,6 +216,8 @@ def read_json(path: AnyPath, what: str) -> dict[str, Any]:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CocomixError(f"{what} is missing: there is no {path}") from None
+    except RecursionError:
+        raise CocomixError(f"{what} cannot be read: {path} is nested too deeply") from None
     except (OSError, ValueError) as error:
         raise CocomixError(f"{what} cannot be read: {path}: {error}") from None
     if not isinstance(value, dict):

@@ -13,6 +13,7 @@ from cocomix.inference.concept_names import called, find_concept, read_names
 from cocomix.inference.loading import UsableModel, load_teacher, load_usable
 from cocomix.inference.steering import SYNTAX, parse_operation, require_concepts, steer, steer_teacher
 
+_COLDEST = 1e-4  # colder, logits over the temperature are no finite numbers
 _SHOWN_TOKENS = 8  # gained and lost ones of a comparison
 
 
@@ -29,7 +30,10 @@ class Sampling:
     def __post_init__(self):
         for holds, message in (
             (self.max_new_tokens >= 1, f"--max-new-tokens is {self.max_new_tokens}: expected at least 1"),
-            (0 <= self.temperature < float("inf"), f"--temperature is {self.temperature}: expected 0 (greedy) or more"),
+            (
+                self.temperature == 0 or _COLDEST <= self.temperature < float("inf"),
+                f"--temperature is {self.temperature}: expected 0 (greedy) or at least {_COLDEST}",
+            ),
             (0 < self.top_p <= 1, f"--top-p is {self.top_p}: expected a share above 0 and at most 1"),
             (self.top_p == 1 or self.temperature > 0, "--top-p needs sampling: give --temperature too"),
             (self.beams >= 1, f"--beams is {self.beams}: expected at least 1"),

@@ -47,6 +47,7 @@ class Operation:
         return logits if self.strength is None else torch.full_like(logits, self.strength)
 
 
+_LARGEST = 1e30  # so that logits stay finite in float32 and bfloat16
 Steps = dict[int, tuple[Operation, ...]]  # by concept: what happens to it, in order
 
 
@@ -67,8 +68,8 @@ def _number(value) -> float:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not math.isfinite(number):
-        raise CocomixError(f"{value!r} is not a steering strength: expected a finite number; {SYNTAX}")
+    if not abs(number) <= _LARGEST:
+        raise CocomixError(f"{value!r} is not a steering strength: expected a number up to {_LARGEST:g}; {SYNTAX}")
     return number
 
 

@@ -32,7 +32,7 @@ class DivergenceWatch:
         self._folder, self._global_batch, self._max_skipped = (
             config.data.folder,
             train.global_batch,
-            train.max_skipped_steps,
+            min(train.max_skipped_steps, config.total_steps),  # a run of which all steps are skipped has diverged too
         )
         self._order = WindowOrder(split.n_windows(config.data.seq_len), train.seed)
         self._losses = LossWatch(train.spike_deviations)
@@ -44,7 +44,7 @@ class DivergenceWatch:
 
     @property
     def has_diverged(self) -> bool:
-        """Whether train.max_skipped_steps steps in a row were skipped."""
+        """Whether train.max_skipped_steps steps in a row, or all of a shorter run, were skipped."""
         return self._skipped_in_a_row >= self._max_skipped
 
     def require_no_divergence(self, step: int) -> None:

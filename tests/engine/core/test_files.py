@@ -375,3 +375,9 @@ write_json(out / "c.json", {})
     subprocess.run(command, preexec_fn=lambda: os.umask(umask), check=True, timeout=120)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert modes == dict.fromkeys(("a.safetensors", "b.safetensors", "c.json"), 0o666 & ~umask)
+
+
+def test_json_that_is_nested_without_end_is_refused(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    with pytest.raises(CocomixError, match="it cannot be read: .*deep.json"):
+        read_json(tmp_path / "deep.json", "it")

@@ -229,6 +229,8 @@ def test_a_name_stands_for_its_concept(world, tmp_path, capsys):
         ),
         (["--temperature", "-1"], "--temperature is -1.0"),
         (["--temperature", "nan"], "--temperature is nan"),
+        (["--temperature", "1e-300"], r"--temperature is 1e-300: expected 0 \(greedy\) or at least 0.0001"),
+        (["--steer", "3=force:1e39"], r"'1e39' is not a steering strength: expected a number up to 1e\+30"),
         (["--temperature", "1", "--top-p", "0"], "--top-p is 0.0"),
         (["--top-p", "0.9"], "--top-p needs sampling"),
         (["--compare"], "say with --steer what to change"),
