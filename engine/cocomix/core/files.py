@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -139,6 +140,29 @@ def atomic_folder(path: AnyPath) -> Generator[Path]:
             _exchange(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def sweep_leftovers(folder: AnyPath, name: str = "", of_this_process: bool = False) -> None:
+    """Delete what killed processes of this machine left half-written in `folder`, of the file or folder `name` there or
+    of all; with `of_this_process` also what an earlier attempt in this one did."""
+    for part in Path(folder).glob(f".{glob.escape(name) or '*'}.*.part"):
+        pid = part.name.split(".")[-2]
+        if not pid.isdecimal() or (_is_running(int(pid)) and not (of_this_process and int(pid) == os.getpid())):
+            continue
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _open_to_umask(path: Path) -> None:

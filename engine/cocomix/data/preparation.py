@@ -1,8 +1,6 @@
 """`cocomix data`: text -> tokenizer and token files."""
 
 import contextlib
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -11,7 +9,14 @@ from tqdm import tqdm
 
 from cocomix.core.config import DataConfig
 from cocomix.core.errors import CocomixError
-from cocomix.core.files import atomic_folder, atomic_write, require_space, sha256_of_file, write_json
+from cocomix.core.files import (
+    atomic_folder,
+    atomic_write,
+    require_space,
+    sha256_of_file,
+    sweep_leftovers,
+    write_json,
+)
 from cocomix.core.locks import only_writer
 from cocomix.core.model_names import without_prefix
 from cocomix.core.origin import differences
@@ -50,7 +55,7 @@ def _make(folder: Path, config: DataConfig, sources: list[Source], made_from: di
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CocomixError(f"data.folder: {folder} cannot be made: {error}") from None
-    _remove_leftovers(folder)
+    sweep_leftovers(folder, of_this_process=True)  # one before it, which was interrupted
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else _train_tokenizer(config, sources)
     vocab_size = vocab_size_of(tokenizer)
     splits = _write_token_files(folder, config, sources, tokenizer)
@@ -115,24 +120,6 @@ def _size(fingerprint: dict) -> str:
     if "files" not in fingerprint:
         return fingerprint["source"]
     return f"{fingerprint['source']} with {fingerprint['files']:,} files of {fingerprint['bytes']:,} bytes"
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Delete what a killed run of this program left half-written, and nothing that a living one is writing."""
-    for part in folder.glob(".*.part"):
-        pid = part.name.split(".")[-2]
-        if pid == str(os.getpid()) or (pid.isdecimal() and not _is_running(int(pid))):
-            shutil.rmtree(part) if part.is_dir() else part.unlink()
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _train_tokenizer(config: DataConfig, sources: list[Source]):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cocomix.core.errors import CocomixError
-from cocomix.core.files import atomic_folder, read_json, require_space
+from cocomix.core.files import atomic_folder, read_json, require_space, sweep_leftovers
 from cocomix.core.model_names import first_line
 from cocomix.distributed.checkpoint import latest_checkpoint, read_trainer_state
 from cocomix.distributed.training_state import read_weights
@@ -89,6 +89,7 @@ def export(source, out, dtype: str = "fp32") -> Path:
     if out.exists() or out.is_symlink():
         raise CocomixError(f"{out} exists already: name a folder that does not")
     folder = find_model(source)
+    sweep_leftovers(out.parent, out.name)
     (export_checkpoint if is_checkpoint(folder) else _copy)(folder, out, dtype)
     return out
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from cocomix.core.config import Config, SaeConfig
 from cocomix.core.errors import CocomixError
-from cocomix.core.files import atomic_write, require_space
+from cocomix.core.files import atomic_write, require_space, sweep_leftovers
 from cocomix.core.locks import only_writer
 from cocomix.core.origin import differences
 from cocomix.core.precision import TEACHER, settled
@@ -314,6 +314,8 @@ def run(config: Config) -> dict:
         return metrics
     stream = _ResidualStream(model, tokens, config, device)
     with only_writer(folder, "cocomix sae"):
+        for leftover in (folder, _partial_path(folder)):
+            sweep_leftovers(leftover.parent, leftover.name)
         state = _train(config, stream, folder, identity, device)
         horizon = min(config.sae.dead_after_tokens, state.step * config.sae.batch_tokens)
         metrics = evaluate(state.sae, stream.validation(), state.silent_tokens >= horizon)

@@ -7,6 +7,7 @@ from typing import cast
 
 from cocomix.core.config import Config
 from cocomix.core.errors import CocomixError
+from cocomix.core.files import sweep_leftovers
 from cocomix.core.precision import STUDENT, TEACHER, settled
 from cocomix.data.token_files import TokenFiles
 from cocomix.distributed.checkpoint import latest_checkpoint, load_checkpoint, read_trainer_state
@@ -58,6 +59,8 @@ def train(
         failures_named(ranks),
         only_writers(ranks, config.train.run, "cocomix train"),
     ):
+        if ranks.is_first:
+            sweep_leftovers(run)
         trainer = Trainer(config, ranks, branch_from, memory_warning)
         try:
             code = trainer.fit()

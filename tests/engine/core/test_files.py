@@ -19,6 +19,7 @@ from cocomix.core.files import (
     read_json,
     require_space,
     sha256_of_file,
+    sweep_leftovers,
     write_json,
 )
 
@@ -381,3 +382,21 @@ def test_json_that_is_nested_without_end_is_refused(tmp_path):
     (tmp_path / "deep.json").write_text("[" * 200_000)
     with pytest.raises(CocomixError, match="it cannot be read: .*deep.json"):
         read_json(tmp_path / "deep.json", "it")
+
+
+def test_what_killed_processes_left_is_swept_and_nothing_else(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    living = f".model.0a1b2c3d.{os.getpid()}.part"
+    for name in (f".model.00ff00ff.{dead.pid}.part", f".other.00ff00ff.{dead.pid}.part", living, ".model.x.y.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("x")
+    (tmp_path / "model").mkdir()
+    sweep_leftovers(tmp_path, "model")
+    kept = {".model.x.y.part", living, "model"}
+    assert {path.name for path in tmp_path.iterdir()} == kept | {f".other.00ff00ff.{dead.pid}.part"}
+    sweep_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    sweep_leftovers(tmp_path, of_this_process=True)
+    assert {path.name for path in tmp_path.iterdir()} == kept - {living}
+    sweep_leftovers(tmp_path / "nowhere")
