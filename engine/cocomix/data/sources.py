@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import IO, Any, Protocol, cast
 
 from cocomix.core.config import DataConfig
 from cocomix.core.errors import CocomixError
@@ -24,6 +24,8 @@ from cocomix.core.extras import needs
 
 _BLOCK_CHARS = 1 << 17  # of a plain text file that are read at a time
 _PARQUET_ROWS = 256  # that are read at a time
+_PARQUET_BYTES = 1 << 25  # of rows that are read together
+_LINE_BYTES = 1 << 27  # of a JSONL record
 _JSONL = (".jsonl", ".jsonl.gz", ".json.gz")
 _PARQUET = (".parquet",)
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
@@ -264,7 +266,7 @@ def _read_jsonl(path: Path, text_key: str) -> Iterator[list[str]]:
     from fsspec.implementations.local import LocalFileSystem
 
     with _explain_unreadable(path), LocalFileSystem().open(str(path), "rb", compression="infer") as file:
-        for number, line in enumerate(cast(Iterable[bytes], file), start=1):
+        for number, line in enumerate(_lines(cast(IO[bytes], file), path), start=1):
             if line.isspace():
                 continue
             try:
@@ -278,6 +280,18 @@ def _read_jsonl(path: Path, text_key: str) -> Iterator[list[str]]:
                     f"{path}, line {number}: no text in the field {text_key!r}; {found}; set data.text_key"
                 )
             yield [text]
+
+
+def _lines(file: IO[bytes], path: Path) -> Iterator[bytes]:
+    """Lines of bounded length: a small compressed file can hold one that no memory does."""
+    number = 0
+    while line := file.readline(_LINE_BYTES + 1):
+        number += 1
+        if len(line) > _LINE_BYTES:
+            raise CocomixError(
+                f"{path}, line {number}: longer than {_LINE_BYTES / 2**20:,.0f} MiB; a record is a line: split it"
+            )
+        yield line
 
 
 def _read_parquet(path: Path, text_key: str) -> Iterator[list[str]]:
@@ -294,11 +308,18 @@ def _read_parquet(path: Path, text_key: str) -> Iterator[list[str]]:
         kind = columns.field(text_key).type
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
             raise CocomixError(f"{path}: column {text_key!r} holds {kind}, not text; set data.text_key")
-        for rows in file.iter_batches(_PARQUET_ROWS, columns=[text_key]):
+        for rows in file.iter_batches(_rows_at_once(file.metadata), columns=[text_key]):
             for text in rows.column(0).to_pylist():
                 yield [text or ""]
     except (pyarrow.ArrowException, OSError) as error:
         raise CocomixError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _rows_at_once(metadata: Any) -> int:
+    """Rows of a Parquet file that are read together: fewer where they are large."""
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    largest = max((group.total_byte_size / group.num_rows for group in groups if group.num_rows), default=1.0)
+    return max(1, min(_PARQUET_ROWS, int(_PARQUET_BYTES / max(largest, 1.0))))
 
 
 @dataclass(frozen=True)

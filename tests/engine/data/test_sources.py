@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import tracemalloc
 
 import pyarrow
 import pytest
@@ -278,3 +279,31 @@ def test_the_fingerprint_follows_content_names_and_times_but_not_the_working_fol
         with open(corpus / "b.txt", "a", encoding="utf-8") as file:
             file.write("more")
         assert fingerprint(name)["bytes"] > changed["bytes"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_line_that_no_memory_holds_is_named_and_not_read(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(sources, "_LINE_BYTES", 1 << 20)
+    opened = gzip.open if name.endswith(".gz") else open
+    with opened(tmp_path / name, "wb") as file:
+        file.write(json.dumps({"text": "first"}).encode() + b"\n" + b"[" * (1 << 24))
+    tracemalloc.start()
+    try:
+        with pytest.raises(CocomixError, match=f"{name}, line 2: longer than 1 MiB; a record is a line: split it"):
+            documents_of(tmp_path / name)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 23
+    finally:
+        tracemalloc.stop()
+
+
+def test_large_rows_of_a_parquet_file_are_read_a_few_at_a_time(tmp_path, monkeypatch):
+    rows = ["x" * (1 << 20) + str(number) for number in range(8)]
+    parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "a.parquet", use_dictionary=False)
+    monkeypatch.setattr(sources, "_PARQUET_BYTES", 3 << 20)
+    metadata = parquet.ParquetFile(tmp_path / "a.parquet").metadata
+    assert sources._rows_at_once(metadata) in (2, 3)
+    assert documents_of(tmp_path / "a.parquet") == rows
+    parquet.write_table(pyarrow.table({"text": ["small"] * 9}), tmp_path / "b.parquet")
+    assert sources._rows_at_once(parquet.ParquetFile(tmp_path / "b.parquet").metadata) == sources._PARQUET_ROWS
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "c.parquet")
+    assert documents_of(tmp_path / "c.parquet") == []
