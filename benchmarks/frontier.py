@@ -57,7 +57,8 @@ class Family:
     def drop_checkpoints(self) -> None:
         """Delete the checkpoints, which nothing begins with any more."""
         for run in self.commands:
-            shutil.rmtree(run / "checkpoints", ignore_errors=True)
+            for part in (run, run / "first"):  # that of a student that teaches itself
+                shutil.rmtree(part / "checkpoints", ignore_errors=True)
 
 
 def main(arguments=None) -> int:

@@ -59,7 +59,7 @@ def first_part(config: Config) -> Config:
         teacher=dataclasses.replace(config.teacher, model=None, sae=None, self_taught_after=0),
         train=dataclasses.replace(
             train,
-            run=str(Path(str(config.teacher.model)).parent),
+            run=f"{train.run}/first",
             tokens=after,
             schedule="constant",
             keep_checkpoints=1,
