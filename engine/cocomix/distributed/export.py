@@ -145,6 +145,9 @@ def _weight_files(folder):
         names = read_json(folder / _INDEX, "the index of the model's weights").get("weight_map")
         if not isinstance(names, dict) or not names:
             raise CocomixError(f"{folder / _INDEX} names no weights")
+        for name in names.values():
+            if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
+                raise CocomixError(f"{folder / _INDEX} names {name!r}, which is no file of its own folder")
         files = [folder / name for name in sorted(set(names.values()))]
     else:
         files = [folder / "model.safetensors"]

@@ -72,6 +72,19 @@ def test_a_model_in_several_files_stays_whole(tmp_path):
     assert index["metadata"]["total_size"] == 2 * sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", ["a/x.safetensors", "../secret.safetensors", "/etc/passwd", "..", "", 3])
+def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path, name):
+    small_model().save_pretrained(tmp_path / "model", max_shard_size="4KB")
+    path = tmp_path / "model/model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][next(iter(index["weight_map"]))] = name
+    path.write_text(json.dumps(index))
+    (tmp_path / "secret.safetensors").write_bytes(next((tmp_path / "model").glob("*.safetensors")).read_bytes())
+    with pytest.raises(CocomixError, match="index.json names .*, which is no file of its own folder"):
+        export(tmp_path / "model", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def damage(folder, kind):
     """Damage a model; what the message must say."""
     file = folder / "model.safetensors"
