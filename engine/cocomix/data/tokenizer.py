@@ -43,9 +43,8 @@ def load_tokenizer(name: str):
     `CocomixError` when there is none."""
     from transformers import AutoTokenizer
 
-    named = as_transformers_names_it(name)
     try:
-        return AutoTokenizer.from_pretrained(named, **OF_TOKENIZERS)
+        return AutoTokenizer.from_pretrained(as_transformers_names_it(name), **OF_TOKENIZERS)
     except Exception as error:  # transformers, the hub client and tokenizers have no common base exception
         raise CocomixError(f"the tokenizer {name} cannot be loaded: {first_line(error)}") from error
 

@@ -22,10 +22,9 @@ def load_language_model(path) -> "PreTrainedModel":
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    name = as_transformers_names_it(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **OF_MODELS)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        model = AutoModelForCausalLM.from_pretrained(as_transformers_names_it(path), dtype=torch.float32, **OF_MODELS)
+    except (CocomixError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CocomixError(f"cannot load a causal language model from {path}: {first_line(error)}") from None
     if getattr(model.config, "auto_map", None):
         print(f"note: {path} asks for code of its own to be run; it is not", file=sys.stderr)

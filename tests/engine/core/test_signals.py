@@ -6,6 +6,14 @@ import pytest
 from cocomix.core.signals import ENDING, handled
 
 
+@pytest.fixture(autouse=True)
+def not_ignored():
+    """Under `nohup` SIGHUP would be."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", ENDING)
 def test_a_handler_hears_what_asks_to_end_and_the_others_come_back(number):
     before, heard = signal.getsignal(number), []

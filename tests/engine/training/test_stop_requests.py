@@ -11,8 +11,16 @@ from cocomix.training.stop_requests import StopRequests
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
+@pytest.fixture
+def not_ignored():
+    """Under `nohup` SIGHUP would be."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
-def test_a_signal_asks_to_stop_and_the_handlers_come_back(number):
+def test_a_signal_asks_to_stop_and_the_handlers_come_back(number, not_ignored):
     before = signal.getsignal(number)
     with StopRequests(ALONE, 10) as requests:
         assert not requests.agreed(1)
