@@ -18,6 +18,7 @@ those of the earlier ones.
 
 import argparse
 import contextlib
+import math
 import os
 import shlex
 import shutil
@@ -35,6 +36,7 @@ import torch
 from cocomix.core.config import Config, load_config
 from cocomix.core.errors import CocomixError
 from cocomix.teacher.supervision import wanted_kinds
+from cocomix.training.schedule import decay_start
 
 COCOMIX = [sys.executable, "-m", "cocomix"]
 CHILDREN: set[subprocess.Popen] = set()  # commands that run
@@ -160,7 +162,8 @@ def family(method: str, seed: int, path: Path, config: Config, options) -> Famil
 
 def has_second_part(config: Config, budget: float) -> bool:
     """Whether a run of this share of train.tokens teaches itself before its rate falls, where it does at all."""
-    return config.teacher.self_taught_after <= budget * (1 - config.train.decay_share) * config.train.tokens
+    first = math.ceil(config.teacher.self_taught_after / config.tokens_per_step)
+    return first <= decay_start(config.train, round(budget * config.total_steps))
 
 
 def run(preparation: list[list[str]], families: list[Family], out: Path, jobs: int) -> int:

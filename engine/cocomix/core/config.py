@@ -127,9 +127,8 @@ class TrainConfig:
 
     run: str = "runs/run"  # metrics, checkpoints and the finished model
     tokens: int = positive(1_000_000_000)  # training tokens; steps = ceil(tokens / (global_batch * seq_len))
-    global_batch: int = positive(
-        512, at_most=2**24, because="a step's windows are listed in memory"
-    )  # windows in one optimizer step, over all ranks
+    # windows in one optimizer step, over all ranks
+    global_batch: int = positive(512, at_most=2**24, because="a step's windows are listed in memory")
     micro_batch: int = positive(8)  # windows in one forward pass of one rank
     lr: float = positive(6e-4)
     schedule: str = one_of("cosine", SCHEDULES)  # of the learning rate after its warm-up, see `training.schedule`
@@ -164,9 +163,8 @@ class TrainConfig:
     spike_deviations: float = not_negative(6.0)
     tensorboard: bool = True
     wandb_project: str | None = None  # log to Weights & Biases as well
-    timeout_minutes: float = positive(
-        10.0, at_most=525_600, because="that is a year"
-    )  # a collective that waits longer ends the run
+    # a collective that waits longer ends the run
+    timeout_minutes: float = positive(10.0, at_most=525_600, because="that is a year")
 
 
 @dataclass

@@ -70,8 +70,7 @@ def soft_targets_online(teacher: TeacherShape, seq_len: int) -> int:
 
 def teacher_flops(teacher: TeacherShape, seq_len: int) -> int:
     """Floating-point operations per token of all that the teacher gives: labels, soft targets or both."""
-    soft = soft_targets_online(teacher, seq_len) if teacher.soft_targets else 0
-    return MULTIPLY_ADD * (labels_online(teacher, seq_len) + soft)
+    return MULTIPLY_ADD * _teachers_work(teacher, seq_len)
 
 
 def sae_flops(teacher: TeacherShape, k: int, seq_len: int) -> int:
@@ -86,8 +85,14 @@ def frozen_side(shape: StudentShape, teacher: TeacherShape | None) -> int:
     """Multiply-accumulates per token of what the student learns from the teacher online; None: nothing."""
     if teacher is None:
         return 0
-    labels = labels_online(teacher, shape.seq_len) if predicts_concepts(shape.mixing) else 0
-    return labels + (soft_targets_online(teacher, shape.seq_len) if teacher.soft_targets else 0)
+    if not predicts_concepts(shape.mixing):
+        teacher = dataclasses.replace(teacher, labels_by=None)
+    return _teachers_work(teacher, shape.seq_len)
+
+
+def _teachers_work(teacher: TeacherShape, seq_len: int) -> int:
+    soft = soft_targets_online(teacher, seq_len) if teacher.soft_targets else 0
+    return labels_online(teacher, seq_len) + soft
 
 
 def training_flops(shape: StudentShape, teacher: TeacherShape | None = None) -> int:

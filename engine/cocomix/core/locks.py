@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from cocomix.core.errors import CocomixError
-from cocomix.core.files import AnyPath
+from cocomix.core.files import AnyPath, create_json
 
 LEASE_S = 60.0  # a lease that is older has ended
 _TOUCH_S = 10.0
@@ -41,7 +41,8 @@ def only_writer(folder: AnyPath, command: str, wait_s: float = 0.0) -> Generator
         with contextlib.ExitStack() as held:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                _enter(held, lambda: _locked(path, folder, command), wait_s)
+                kind = _locked if _has_file_locks(path) else _leased
+                _enter(held, lambda: kind(path, folder, command), wait_s)
             except OSError as error:
                 raise CocomixError(f"{folder} cannot be written: {error.strerror}; choose another place") from error
             yield
@@ -75,24 +76,40 @@ def _locked(path: Path, folder: AnyPath, command: str) -> Generator[None]:
         except BlockingIOError:
             file.close()
             raise _refusal(path, folder) from None
-        except OSError as error:
-            file.close()
-            if error.errno not in _NO_FILE_LOCKS:
-                raise
-            with _leased(path, folder, command):
-                yield
-            return
         if _is_still(file, path):  # and not what its last holder has just deleted
             break
         file.close()
     with file:
         file.truncate(0)
-        file.write(_description(command))
+        json.dump(_description(command), file)
         file.flush()
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def _has_file_locks(path: Path) -> bool:
+    """Whether the file system that `path` lies in has file locks, asked on a file that nobody else has."""
+    with _probe(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_FILE_LOCKS:
+                raise
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def _probe(path: Path) -> Generator[IO[str]]:
+    """A new file beside `path`, for as long as the block."""
+    probe = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    with open(probe, "x", encoding="utf-8") as file:
+        try:
+            yield file
+        finally:
+            probe.unlink(missing_ok=True)
 
 
 def _is_still(file: IO[str], path: Path) -> bool:
@@ -104,14 +121,11 @@ def _is_still(file: IO[str], path: Path) -> bool:
 
 @contextlib.contextmanager
 def _leased(path: Path, folder: AnyPath, command: str) -> Generator[None]:
-    if _content(path) and _now(path) - path.stat().st_mtime < LEASE_S:
+    with contextlib.suppress(FileNotFoundError):
+        if _now(path) - path.stat().st_mtime >= LEASE_S:
+            path.unlink()
+    if not create_json(path, _description(command)):
         raise _refusal(path, folder)
-    path.unlink(missing_ok=True)  # of one that has ended, or empty, as opening it for a lock has left it
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(_description(command))
-    except FileExistsError:
-        raise _refusal(path, folder) from None
     ended = threading.Event()
 
     def touch() -> None:
@@ -131,30 +145,19 @@ def _leased(path: Path, folder: AnyPath, command: str) -> Generator[None]:
 
 def _now(path: Path) -> float:
     """The time by the clock of the file system, which another machine may keep."""
-    probe = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-    probe.touch()
-    try:
-        return probe.stat().st_mtime
-    finally:
-        probe.unlink()
+    with _probe(path) as file:
+        return os.fstat(file.fileno()).st_mtime
 
 
-def _description(command: str) -> str:
-    return json.dumps({"command": command, "process": os.getpid(), "host": socket.gethostname(), "since": time.time()})
-
-
-def _content(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return ""
+def _description(command: str) -> dict[str, str | int | float]:
+    return {"command": command, "process": os.getpid(), "host": socket.gethostname(), "since": time.time()}
 
 
 def _refusal(path: Path, folder: AnyPath) -> _Held:
     try:
-        held = json.loads(_content(path))
+        held = json.loads(path.read_text(encoding="utf-8"))
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(held["since"]))
         who = f"{held['command']} (process {held['process']} on {held['host']}, since {since})"
-    except (ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError):
         who = "another process"
     return _Held(f"{folder} is being written by {who}: wait for it, end it, or name another folder")

@@ -39,15 +39,21 @@ def prepare(config: DataConfig) -> "TokenFiles":
     sources = open_sources(config)
     made_from = {"settings": _settings(config), "sources": [source.fingerprint() for source in sources]}
     if (folder / "meta.json").exists():
-        files = TokenFiles.open(folder)
-        _require_same(files, made_from)
-        sizes = [f"{files.split(name).n_tokens:,} {name}" for name in SPLITS]
-        print(f"{folder} is up to date: {' and '.join(sizes)} tokens")
-        return files
+        return _up_to_date(folder, made_from)
     for source in sources:
         require_text(source)
     with only_writer(folder, "cocomix data"):
+        if (folder / "meta.json").exists():  # another process has made it meanwhile
+            return _up_to_date(folder, made_from)
         return _make(folder, config, sources, made_from)
+
+
+def _up_to_date(folder: Path, made_from: dict) -> "TokenFiles":
+    files = TokenFiles.open(folder)
+    _require_same(files, made_from)
+    sizes = [f"{files.split(name).n_tokens:,} {name}" for name in SPLITS]
+    print(f"{folder} is up to date: {' and '.join(sizes)} tokens")
+    return files
 
 
 def _make(folder: Path, config: DataConfig, sources: list[Source], made_from: dict) -> "TokenFiles":

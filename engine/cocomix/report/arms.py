@@ -98,15 +98,15 @@ class Arm:
         return max((run.peak_memory_gib for run in self.runs if run.peak_memory_gib is not None), default=None)
 
     def flops(self, tokens: float) -> float | None:
-        """Floating-point operations until `tokens` tokens, those of the run that ends there where there are budgets,
-        and in a straight line between such ends; None where a run does not tell."""
+        """Floating-point operations until `tokens` tokens, those of a run that ends there where there are budgets, and
+        in a straight line between such ends; None where a run does not tell."""
         if not self.has_budgets:
             return self.first.record.flops(tokens)
-        ends = sorted((_budget(run), run.record.flops(_budget(run))) for run in next(iter(self._by_seed.values())))
-        if any(flops is None for _, flops in ends):
+        ends = {_budget(run): run.record.flops(_budget(run)) for run in self.runs}
+        known = {budget: flops for budget, flops in sorted(ends.items()) if flops is not None}
+        if len(known) < len(ends):
             return None
-        budgets, flops = zip(*ends, strict=True)
-        return float(np.interp(tokens, budgets, flops))
+        return float(np.interp(tokens, [0.0, *known], [0.0, *known.values()]))
 
     def _typical(self, figure: Callable[[Run], float | None]) -> float | None:
         known = [value for run in self.runs if (value := figure(run)) is not None]

@@ -116,22 +116,28 @@ def _saving_notes(compared: list[Arm], names: list[str]) -> list[str]:
     return [*notes, "What other seeds would give is not in these bounds."] if single else notes
 
 
+_WHEN = {  # the teacher worked, by where what it gave comes from
+    "cached": "once, for a cache, and not in the figures above",
+    "online": "while training, in the figures above",
+    "cached and online": "a part of it once, for a cache, and not in the figures above, the rest while training",
+}
+
+
 def _supervision_notes(compared: list[Arm], names: list[str]) -> list[str]:
     """What labels and soft targets cost, a sentence for all methods to which they cost the same."""
     baseline = next((arm.first.record.flops_per_token for arm in compared if arm.is_baseline), None)
-    alike: dict[tuple[float, bool], list[str]] = {}
+    alike: dict[tuple[float, str], list[str]] = {}
     for arm, name in zip(compared, names, strict=True):
         record = arm.first.record
         if record.supervision_flops_per_token:
-            cached = "cached" in (record.concept_labels, record.soft_targets)
-            alike.setdefault((record.supervision_flops_per_token, cached), []).append(name)
+            where = " and ".join(sorted({kind for kind in (record.concept_labels, record.soft_targets) if kind}))
+            alike.setdefault((record.supervision_flops_per_token, where), []).append(name)
     notes = []
-    for (flops, cached), who in alike.items():
+    for (flops, where), who in alike.items():
         of_ntp = f", {flops / baseline:.2f} times NTP's arithmetic" if baseline else ""
-        when = "once, for a cache, and not in the figures above" if cached else "while training, in the figures above"
         some = who[0] if len(who) == 1 else f"{len(who)} methods"
         [giga] = significant([flops / 1e9], digits=3)
-        notes.append(f"What {some} learned from the teacher took it {giga} GFLOP a token{of_ntp}: {when}.")
+        notes.append(f"What {some} learned from the teacher took it {giga} GFLOP a token{of_ntp}: {_WHEN[where]}.")
     return notes
 
 

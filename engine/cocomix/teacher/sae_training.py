@@ -307,13 +307,13 @@ def run(config: Config) -> dict:
     model = cast(Any, load_language_model(config.teacher.model)).to(device, DTYPES[config.teacher.dtype]).eval()
     _check_teacher(model, tokens, config)
     identity = _identity(config, model, tokens)
-    metrics = _finished_metrics(folder, identity)
-    if metrics is not None:
-        _partial_path(folder).unlink(missing_ok=True)  # a kill may have come between the last save and this
-        print(f"{folder} already holds this SAE: {_summary(metrics)}")
-        return metrics
     stream = _ResidualStream(model, tokens, config, device)
     with only_writer(folder, "cocomix sae"):
+        metrics = _finished_metrics(folder, identity)
+        if metrics is not None:
+            _partial_path(folder).unlink(missing_ok=True)  # a kill may have come between the last save and this
+            print(f"{folder} already holds this SAE: {_summary(metrics)}")
+            return metrics
         for leftover in (folder, _partial_path(folder)):
             sweep_leftovers(leftover.parent, leftover.name)
         state = _train(config, stream, folder, identity, device)

@@ -108,7 +108,7 @@ def precision_begun_with(config: Config, source: Path | None = None) -> dict[str
     checkpoint = latest_checkpoint(config.train.run) or (source and latest_checkpoint(source))
     stored = {} if checkpoint is None else read_trainer_state(checkpoint)["identity"]
     # A run of next-token prediction has a precision of a teacher that it does not use.
-    names = (STUDENT,) if stored.get("model.mixing") == "none" != config.model.mixing else (STUDENT, TEACHER)
+    names = (STUDENT,) if grows(stored, settings(config)) else (STUDENT, TEACHER)
     of_run = {name: stored[name] for name in names if name in stored}
     return cached_precision(config, wanted_kinds(config)) | of_run
 

@@ -50,15 +50,14 @@ def train(
         if rank_and_world()[0] == 0:
             print(f"{run} is finished: {config.total_steps} steps; its model is in {run / 'model'}")
         return 0
-    if not resume and latest_checkpoint(run) is not None:
-        raise CocomixError(f"{run} already holds a run: pass --resume to go on with it, or set another train.run")
-    require_no_lost_history(run)
+    _require_free(run, resume)
     require_source(config, branch_from, recorded_branch(run))
     with (
         process_group(config.train.timeout_minutes) as ranks,
         failures_named(ranks),
         only_writers(ranks, config.train.run, "cocomix train"),
     ):
+        _require_free(run, resume)  # again, for another process may have trained here until the lock was ours
         if ranks.is_first:
             sweep_leftovers(run)
         trainer = Trainer(config, ranks, branch_from, memory_warning)
@@ -68,6 +67,13 @@ def train(
             return code
         finally:
             trainer.close()
+
+
+def _require_free(run: Path, resume: bool) -> None:
+    """Raise `CocomixError` where the folder holds a run that would be replaced."""
+    if not resume and latest_checkpoint(run) is not None:
+        raise CocomixError(f"{run} already holds a run: pass --resume to go on with it, or set another train.run")
+    require_no_lost_history(run)
 
 
 class Trainer:

@@ -1,5 +1,6 @@
 """Commands that would write where another process writes are refused before they change anything."""
 
+import contextlib
 import subprocess
 import sys
 
@@ -31,6 +32,47 @@ def test_a_run_that_is_training_is_not_resumed_by_a_second_process(world, capsys
     with only_writer(world.folder / "living", "cocomix train"):
         assert_refused(world, capsys, "train", [*short, "--resume"], "living is being written by cocomix train (")
     assert call(world, "train", *short, "--resume") == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "target", "folder", "settings", "message"),
+    [
+        ("data", "cocomix.data.preparation.only_writer", "late-data", ["data.folder=OUT/late-data"], None),
+        ("data", "cocomix.data.preparation.only_writer", "late-data", ["data.folder=OUT/late-data"], "was made from"),
+        ("sae", "cocomix.teacher.sae_training.only_writer", "late-sae", ["teacher.sae=OUT/late-sae"], None),
+        ("sae", "cocomix.teacher.sae_training.only_writer", "late-sae", ["teacher.sae=OUT/late-sae"], "differs in"),
+        (
+            "train",
+            "cocomix.training.trainer.only_writers",
+            "late-run",
+            ["train.run=OUT/late-run", "model.mixing=none", "train.tokens=512"],
+            "already holds a run: pass --resume",
+        ),
+    ],
+)
+def test_what_another_process_finished_before_the_lock_was_held_counts(
+    world, capsys, monkeypatch, tmp_path, command, target, folder, settings, message
+):
+    """It was not there when the command looked first."""
+    different = {"data": "data.val_fraction=0.2", "sae": "sae.seed=5", "train": "train.seed=5"}[command]
+    others = [*settings, different] if message else settings
+    assert call(world, command, *others) == 0
+    (world.folder / folder).rename(tmp_path / "theirs")
+
+    @contextlib.contextmanager
+    def after_the_other(*_, **__):
+        (tmp_path / "theirs").rename(world.folder / folder)
+        yield
+
+    monkeypatch.setattr(target, after_the_other)
+    capsys.readouterr()
+    assert call(world, command, *settings) == (2 if message else 0)
+    said = capsys.readouterr()
+    if message:
+        assert message in said.err
+    else:
+        assert "is up to date" in said.out or "already holds this SAE" in said.out
+    (world.folder / folder).rename(tmp_path / "done")
 
 
 @pytest.mark.slow

@@ -101,11 +101,11 @@ def test_who_waits_comes_after_the_other(tmp_path, kind):
     assert order == ["a", "b"]
 
 
-def test_of_many_one_at_a_time_is_inside(tmp_path):
+def test_of_many_one_at_a_time_is_inside(tmp_path, kind):
     inside, most = [0], [0]
 
     def work():
-        for _ in range(20):
+        for _ in range(5):
             with only_writer(tmp_path / "run", "a", wait_s=60):
                 inside[0] += 1
                 most[0] = max(most[0], inside[0])

@@ -70,6 +70,9 @@ def test_the_arithmetic_of_budgets_is_that_of_the_runs_that_end_there(tmp_path):
     [arm] = arms(runs)
     token = runs[0].record.flops_per_token
     assert [arm.flops(steps * 4096) for steps in (50, 75, 200)] == [steps * 4096 * token for steps in (50, 75, 200)]
+    assert arm.flops(25 * 4096) == 25 * 4096 * token
+    [arm] = arms([*runs[1:], seeded(tmp_path, 1, "interleave", 50), seeded(tmp_path, 1, "interleave", 200)])
+    assert arm.flops(50 * 4096) == 50 * 4096 * token  # a budget that the first seed lacks
     path = runs[1].folder / "run.json"  # one that began with a cheaper student
     record = json.loads(path.read_text())
     record["branched_from"] = {"run": "ntp", "step": 40, "flops": [[0, 0], [40 * 4096, 40 * 4096 * token / 2]]}

@@ -546,6 +546,10 @@ def test_what_the_teacher_gave_is_a_line_of_its_own(tmp_path):
         "arithmetic: while training, in the figures above." in table
     )
     assert "What" not in comparison_table([load_run(ntp)])
+    both = write_run(tmp_path / "both", "add", soft_targets="online", supervision_flops_per_token=9e7)
+    assert "a part of it once, for a cache, and not in the figures above, the rest while training." in (
+        comparison_table([load_run(both)])
+    )
 
 
 def test_a_run_that_does_not_tell_its_arithmetic_is_judged_by_time_alone(tmp_path):

@@ -1,16 +1,22 @@
 """Students whose teacher is what they were themselves after a part of their tokens."""
 
 import math
-import re
+import subprocess
 
 import pytest
+import torch
 from run_helpers import SEQ_LEN, STEPS, TORCHRUN, assert_close_weights, environment, stop_at
 
 from cocomix.cli import main
 from cocomix.core.config import load_config
+from cocomix.core.shapes import TeacherShape
+from cocomix.costs.cluster import load_cluster
+from cocomix.costs.planner import make_job
+from cocomix.costs.profile_inputs import build_teachers
 from cocomix.report.report import comparison_table
 from cocomix.report.runs import load_run
 from cocomix.teacher import sae_training
+from cocomix.teacher.supervision import teacher_shape
 from cocomix.training.trainer import EXIT_RESUME
 
 TOKENS_PER_STEP, FIRST = 8 * SEQ_LEN, 4  # steps of the first part
@@ -128,18 +134,19 @@ def test_settings_that_contradict_it_are_refused(world, overrides, message, caps
 
 def test_its_plan_and_profile_know_a_teacher_of_the_students_shape(world, capsys):
     settings = [str(world.config), *SELF_TAUGHT]
-    assert main(["plan", *settings, "--gpus", "1"]) == 0
-    assert main(["profile", *settings, "--random-teacher", "--rounds", "1", "--labels", "online"]) == 0
-    text = capsys.readouterr().out
-    assert re.search(r"online", text)
     config = load_config(world.config, SELF_TAUGHT)
     assert (config.teacher.model, config.teacher.sae) == (f"{world.folder}/run/first/model", f"{world.folder}/run/sae")
+    own = TeacherShape(n_embd=32, n_layer=3, layer=1, vocab_size=300, n_latents=64)
+    assert make_job(config, load_cluster("h100"), 300).teacher == own
+    made = build_teachers(config, torch.device("cpu"), 300, at_random=True)
+    assert teacher_shape(made) == own
+    assert main(["plan", *settings, "--gpus", "1"]) == 0
+    assert main(["profile", *settings, "--random-teacher", "--rounds", "1", "--labels", "online"]) == 0
+    assert "online labels" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_several_ranks_leave_the_sae_to_one_process(world):
-    import subprocess
-
     settings = [*SELF_TAUGHT, "train.micro_batch=4"]
     command = world.command("on-two", *settings, "--resume", launcher=TORCHRUN)
     run = dict(env=environment(threads=1), capture_output=True, text=True, timeout=300)
