@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from command_helpers import call, one_line, world_of_teachers
 from run_helpers import SEQ_LEN, World
+from stored_json import change_json
 
 from cocomix import commands
 from cocomix.cli import COMMANDS, main
@@ -185,14 +186,17 @@ def break_tokens(folder, kind):
     if kind == "short":
         ids = ids[: SEQ_LEN - 1]
         meta["splits"]["train"]["tokens"] = len(ids)
-        (folder / "meta.json").write_text(json.dumps(meta))
     else:
         ids[:] = meta["vocab_size"]
     ids.tofile(file)
-    return "fewer than one window" if kind == "short" else "but the vocabulary has 300 ids"
+    if kind != "changed":
+        del meta["splits"]["train"]["sums"]  # as an earlier version made it
+        change_json(folder / "meta.json", {"splits": meta["splits"]})
+    problems = {"short": "fewer than one window", "changed": "is damaged: the checksum of bytes 0 to 65,535"}
+    return problems.get(kind, "but the vocabulary has 300 ids")
 
 
-@pytest.mark.parametrize("kind", ["truncated", "empty", "short", "foreign id"])
+@pytest.mark.parametrize("kind", ["truncated", "empty", "changed", "short", "foreign id"])
 @pytest.mark.parametrize("command", ["train", "labels", "sae"])
 def test_damaged_token_files_are_refused(world, tmp_path, capsys, command, kind):
     shutil.copytree(world.folder / "data", tmp_path / "data")
@@ -226,7 +230,12 @@ def test_no_room_on_disk_is_one_line(world, tmp_path, capsys, monkeypatch, comma
     assert call(world, command, *(text.replace("NEW", str(tmp_path)) for text in overrides)) == 2
     assert "no room on disk" in one_line(capsys, command)
     files = {path.name for path in tmp_path.rglob("*") if path.is_file()}
-    assert files <= {"train.bin", "val.bin"}  # whole, and worth nothing without their meta.json
+    assert files <= {
+        "train.bin",
+        "val.bin",
+        "train.sums",
+        "val.sums",
+    }  # whole, and worth nothing without meta.json
 
 
 # ---------------------------------------------------------------------------------------------- interruptions

@@ -21,8 +21,9 @@ def call(world: World, command: str, *arguments: str) -> int:
 
 
 def one_line(capsys, command: str) -> str:
-    """The message on standard error, which must be a single line without a traceback."""
+    """The message on standard error, which must be a single line without a traceback, notes aside."""
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "|" not in line]  # |: bars
+    lines = [line for line in lines if not line.startswith("note: ")]
     assert len(lines) == 1 and lines[0].startswith(f"cocomix {command}: error: "), lines
     return lines[0]
 

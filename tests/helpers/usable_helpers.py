@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from run_helpers import LATENTS, SEQ_LEN, World
 
+from cocomix.core.manifest import write_manifest
 from cocomix.data.token_files import TokenFiles
 from cocomix.model.config import CoCoMixConfig
 from cocomix.model.model import CoCoMixForCausalLM
@@ -38,6 +39,7 @@ def make_run(world: World, name: str = "run", mixing: str = "interleave", **sett
     folder = world.folder / name
     model.save_pretrained(folder / "model")
     tokens.tokenizer().save_pretrained(folder / "model")
+    write_manifest(folder / "model")
     config = world.load()
     (folder / "run.json").write_text(
         json.dumps(

@@ -13,9 +13,11 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import IO, Any, cast
 
+from cocomix.core import checksums
 from cocomix.core.errors import CocomixError
 
 AnyPath = str | os.PathLike[str]
+CHECKSUM = "cocomix_checksum"  # the key under which a JSON file carries its own
 
 _UMASK = os.umask(0o077)  # there is no asking for it without setting it, which other threads would notice later on
 os.umask(_UMASK)
@@ -204,9 +206,19 @@ def write_json(path: AnyPath, value: Any) -> None:
         file.write("\n")
 
 
-def create_json(path: AnyPath, value: Any) -> bool:
-    """Write `value` as indented JSON unless there is a file already; whether it was written. Of several processes that
+def write_own_json(path: AnyPath, value: dict[str, Any]) -> None:
+    """Write as `write_json` does what this program alone will read, with a checksum that `read_json` looks at."""
+    write_json(path, value | {CHECKSUM: checksums.of_value(value)})
+
+
+def create_own_json(path: AnyPath, value: dict[str, Any]) -> bool:
+    """Write as `write_own_json` does unless there is a file already; whether it was written. Of several processes that
     try at once one does (but for file systems without hard links), and none sees half of it."""
+    return create_json(path, value | {CHECKSUM: checksums.of_value(value)})
+
+
+def create_json(path: AnyPath, value: Any) -> bool:
+    """As `create_own_json`, without a checksum."""
     path = Path(path)
     with _explain_refusal(path):
         aside = _make_room_aside(path)
@@ -235,9 +247,11 @@ def _take_free_name(aside: Path, path: Path) -> bool:
 
 
 def read_json(path: AnyPath, what: str) -> dict[str, Any]:
-    """Read a JSON object. `what` names it in the `CocomixError` that a missing or broken file raises."""
+    """Read a JSON object, without the checksum that it may carry. `what` names it in the `CocomixError` that a missing,
+    broken or damaged file raises."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair, which JSON may name, is no text
     except FileNotFoundError:
         raise CocomixError(f"{what} is missing: there is no {path}") from None
     except RecursionError:
@@ -246,7 +260,13 @@ def read_json(path: AnyPath, what: str) -> dict[str, Any]:
         raise CocomixError(f"{what} cannot be read: {path}: {error}") from None
     if not isinstance(value, dict):
         raise CocomixError(f"{what} cannot be read: {path} does not hold a JSON object")
-    return cast(dict[str, Any], value)
+    value = cast(dict[str, Any], value)
+    if CHECKSUM in value and value.pop(CHECKSUM) != checksums.of_value(value):
+        raise CocomixError(
+            f"{what} is damaged: the checksum in {path} does not hold; copy it again, or, where it was changed on "
+            f"purpose, delete its key {CHECKSUM}"
+        )
+    return value
 
 
 def sha256_of_file(path: AnyPath) -> str:

@@ -1,9 +1,20 @@
-"""Output that nobody reads any more: a closed pipe, a terminal that is gone, a full disk behind standard output."""
+"""What the program says: notes, and output that nobody reads any more (a closed pipe, a terminal that is gone, a full
+disk behind standard output)."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Generator
 from typing import Any, TextIO
+
+_noted: set[str] = set()
+
+
+def note_once(text: str) -> None:
+    """Say something beside the point on standard error, once a process and on the first rank alone."""
+    if text not in _noted and os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr)
+    _noted.add(text)
 
 
 @contextlib.contextmanager

@@ -7,13 +7,13 @@ within the node and the networks of all its GPUs together, as NCCL's rings use t
 the backward pass is hidden, and of that a stated share.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from cocomix.core.config import Config
 from cocomix.core.errors import CocomixError
+from cocomix.core.files import read_json
 from cocomix.core.flops import (
     MULTIPLY_ADD,
     TRAINED,
@@ -36,6 +36,7 @@ GPT2_SIZES = {"gpt2": (768, 12), "gpt2-medium": (1024, 24), "gpt2-large": (1280,
 GPT2_VOCABULARY = 50257
 _SECONDS_A_DAY = 86400
 _MAX_GPUS = 2**16
+_MOST = 2**31  # of widths, blocks and token ids
 _TIE = 1.03  # times closer than this count as equal: no prediction is better
 
 
@@ -152,13 +153,10 @@ def _gpt2_size(name):
 
 
 def _read_shape(file, *keys):
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CocomixError(f"{file} cannot be read: {error}") from None
-    missing = [key for key in keys if not isinstance(content.get(key), int)]
+    content = read_json(file, "the description")
+    missing = [key for key in keys if type(content.get(key)) is not int or not 0 < content[key] < _MOST]
     if missing:
-        raise CocomixError(f"{file} holds no {missing[0]}")
+        raise CocomixError(f"{file} holds no possible {missing[0]}")
     return content
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from cocomix.core.config import Config
 from cocomix.core.errors import CocomixError
-from cocomix.core.files import write_json
+from cocomix.core.files import write_own_json
 from cocomix.core.flops import parameter_count
 from cocomix.core.machine import describe
 from cocomix.core.methods import SOFT_TARGETS, method_title
@@ -62,7 +62,7 @@ def run(config: Config, options: Options, trace=None, json_file=None) -> None:
         for file in files:
             print(f"trace: {file}")
         if json_file is not None:
-            write_json(json_file, found.as_json())
+            write_own_json(json_file, found.as_json())
             print(f"figures: {json_file}")
 
 

@@ -1,8 +1,10 @@
 """`cocomix data`: text -> tokenizer and token files."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from tqdm import tqdm
@@ -15,14 +17,15 @@ from cocomix.core.files import (
     require_space,
     sha256_of_file,
     sweep_leftovers,
-    write_json,
+    write_own_json,
 )
 from cocomix.core.locks import only_writer
+from cocomix.core.manifest import require_sound, write_manifest
 from cocomix.core.model_names import without_prefix
 from cocomix.core.origin import differences
 from cocomix.data.documents import Piece, pieces, require_text
 from cocomix.data.sources import Source, open_sources
-from cocomix.data.token_files import FORMAT, SPLITS, TokenFiles, scan
+from cocomix.data.token_files import FORMAT, SPLITS, SplitRecord, TokenFiles, TokenMeta, describe_split, scan
 from cocomix.data.tokenizer import TOKEN_DTYPE, load_tokenizer, train_tokenizer, vocab_size_of
 from cocomix.data.tokenizing import tokenize
 
@@ -30,10 +33,11 @@ _TOKENIZER_ROOM_BYTES = 32 << 20
 
 
 def prepare(config: DataConfig) -> "TokenFiles":
-    """Make `config.folder`: train.bin, val.bin, tokenizer/ and, last, meta.json.
+    """Make `config.folder`: train.bin, val.bin, the checksums of their blocks, tokenizer/ and, last, meta.json.
 
-    Does nothing but say so when the folder was made from the same text and settings. Raises `CocomixError` when it was
-    made from others, and for missing, empty or unreadable text, an unsuitable tokenizer and a full disk.
+    Where the folder was made from the same text and settings, reads it through and says so. Raises `CocomixError` when
+    it was made from others or is damaged, and for missing, empty or unreadable text, an unsuitable tokenizer and a full
+    disk.
     """
     folder = Path(config.folder)
     sources = open_sources(config)
@@ -51,8 +55,8 @@ def prepare(config: DataConfig) -> "TokenFiles":
 def _up_to_date(folder: Path, made_from: dict) -> "TokenFiles":
     files = TokenFiles.open(folder)
     _require_same(files, made_from)
-    sizes = [f"{files.split(name).n_tokens:,} {name}" for name in SPLITS]
-    print(f"{folder} is up to date: {' and '.join(sizes)} tokens")
+    _require_sound(files)
+    print(f"{folder} is up to date: {_sizes(files)}")
     return files
 
 
@@ -69,18 +73,15 @@ def _make(folder: Path, config: DataConfig, sources: list[Source], made_from: di
         if source.ended_with:
             print(f"{source.name} ends with {source.ended_with}, all of which is in it")
     _save_tokenizer(tokenizer, config.tokenizer, folder / "tokenizer")
-    write_json(
-        folder / "meta.json",
-        {
-            "format": FORMAT,
-            "dtype": "uint16",
-            "vocab_size": vocab_size,
-            "eot_id": tokenizer.eos_token_id,
-            "splits": splits,
-            "val_unigram_perplexity": _unigram_perplexity(folder, splits, vocab_size),
-            **made_from,
-        },
+    meta = TokenMeta(
+        format=FORMAT,
+        vocab_size=vocab_size,
+        eot_id=cast(int, tokenizer.eos_token_id),
+        splits=splits,
+        val_unigram_perplexity=_unigram_perplexity(folder, splits, vocab_size),
+        **made_from,
     )
+    write_own_json(folder / "meta.json", dataclasses.asdict(meta))
     return TokenFiles.open(folder)
 
 
@@ -90,11 +91,18 @@ def verify(config: DataConfig) -> None:
     Raises `CocomixError`, naming the file, where they are missing or damaged or have changed.
     """
     files = TokenFiles.open(config.folder)
-    splits = [files.split(name) for name in SPLITS]
-    for split in splits:
-        split.verify()
-    sizes = [f"{split.n_tokens:,} {name}" for name, split in zip(SPLITS, splits, strict=True)]
-    print(f"{files.folder} is as it was made: {' and '.join(sizes)} tokens")
+    _require_sound(files)
+    print(f"{files.folder} is as it was made: {_sizes(files)}")
+
+
+def _require_sound(files: "TokenFiles") -> None:
+    for name in SPLITS:
+        files.split(name).verify()
+    require_sound(files.folder / "tokenizer")
+
+
+def _sizes(files: "TokenFiles") -> str:
+    return " and ".join(f"{files.split(name).n_tokens:,} {name}" for name in SPLITS) + " tokens"
 
 
 def _settings(config: DataConfig) -> dict:
@@ -109,10 +117,10 @@ def _settings(config: DataConfig) -> dict:
 
 
 def _require_same(files: "TokenFiles", made_from: dict) -> None:
-    was, now = files.meta["settings"], made_from["settings"]
+    was, now = files.meta.settings, made_from["settings"]
     changes = [f"data.{found.name} was {found.stored!r} and is {found.present!r}" for found in differences(was, now)]
     if was.get("text") == now["text"]:
-        for old, new in zip(files.meta["sources"], made_from["sources"], strict=False):
+        for old, new in zip(files.meta.sources, made_from["sources"], strict=False):
             if old != new:
                 changes.append(f"the text changed: {_size(old)} then, {_size(new)} now (sizes, names and times count)")
     if changes:
@@ -142,6 +150,7 @@ def _save_tokenizer(tokenizer, origin: str | None, folder: Path) -> None:
     require_space(folder, _TOKENIZER_ROOM_BYTES)  # the tokenizer's own writer does not raise OSError on a full disk
     with atomic_folder(folder) as aside:
         tokenizer.save_pretrained(aside)
+        write_manifest(aside)
 
 
 class Splitter:
@@ -178,7 +187,7 @@ def _shown(stream: Iterable[Piece], progress) -> Iterator[Piece]:
         progress.update(len(piece.text.encode()))
 
 
-def _write_token_files(folder: Path, config: DataConfig, sources: list[Source], tokenizer) -> dict:
+def _write_token_files(folder: Path, config: DataConfig, sources: list[Source], tokenizer) -> dict[str, SplitRecord]:
     side = Splitter(config.val_fraction)
     counts = {name: {"tokens": 0, "documents": 0, "text_bytes": 0} for name in SPLITS}
     with contextlib.ExitStack() as stack:
@@ -197,10 +206,7 @@ def _write_token_files(folder: Path, config: DataConfig, sources: list[Source], 
                 break
         if counts["val"]["documents"] == 0:
             _share_one_document(files, counts, config.val_fraction)
-    return {
-        name: {"file": f"{name}.bin", **counts[name], "sha256": sha256_of_file(folder / f"{name}.bin")}
-        for name in SPLITS
-    }
+    return {name: describe_split(folder, name, counts[name]) for name in SPLITS}
 
 
 def _share_one_document(files: dict, counts: dict, val_fraction: float) -> None:
@@ -217,10 +223,10 @@ def _share_one_document(files: dict, counts: dict, val_fraction: float) -> None:
     train.update(tokens=kept, text_bytes=train["text_bytes"] - val_bytes)
 
 
-def _unigram_perplexity(folder: Path, splits: dict, vocab_size: int) -> float:
+def _unigram_perplexity(folder: Path, splits: dict[str, SplitRecord], vocab_size: int) -> float:
     """Perplexity of the validation tokens under the training tokens' frequencies (each id counted once more): what a
     model reaches that knows frequencies and nothing else."""
-    train, val = (_frequencies(folder / splits[name]["file"], vocab_size) for name in SPLITS)
+    train, val = (_frequencies(folder / splits[name].file, vocab_size) for name in SPLITS)
     log_p = np.log((train + 1) / (train.sum() + vocab_size))
     return float(np.exp(-(val * log_p).sum() / val.sum()))
 

@@ -2,13 +2,20 @@
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
+from tqdm import tqdm
 
+from cocomix.core.checksums import SUM_DTYPE, BlockSums, block_count
 from cocomix.core.errors import CocomixError
-from cocomix.core.files import read_json
+from cocomix.core.files import atomic_write, read_json
 from cocomix.core.mapped_file import MappedFile
+from cocomix.core.output import note_once
+from cocomix.core.records import FileName, Positive, as_record
 from cocomix.data.tokenizer import TOKEN_DTYPE, load_tokenizer
 
 FORMAT = 1
@@ -26,17 +33,55 @@ def scan(path, start: int = 0) -> Iterator[np.ndarray]:
             yield tokens
 
 
+@dataclass(frozen=True)
+class SplitRecord:
+    """A token file: its name, tokens, documents, bytes of text and SHA-256. `sums` names the file with the checksums of
+    its blocks; earlier versions made none."""
+
+    file: FileName
+    tokens: Annotated[int, msgspec.Meta(ge=0)]
+    sha256: str
+    documents: Annotated[int, msgspec.Meta(ge=0)] = 0
+    text_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0
+    sums: FileName | None = None
+
+
+@dataclass(frozen=True)
+class TokenMeta:
+    """meta.json of a folder of token files. `settings` and `sources` say what they were made from."""
+
+    format: int
+    vocab_size: Annotated[int, msgspec.Meta(gt=0, le=1 << 16)]
+    eot_id: Annotated[int, msgspec.Meta(ge=0)]
+    splits: dict[str, SplitRecord]
+    val_unigram_perplexity: Positive
+    settings: dict[str, Any]
+    sources: list[dict[str, Any]]
+    dtype: str = "uint16"
+
+
+def describe_split(folder: Path, name: str, counts: dict[str, int]) -> SplitRecord:
+    """The record of the token file `name`.bin in `folder`, from one reading of it, which also writes the checksums of
+    its blocks beside it. `counts`: tokens, documents and text_bytes."""
+    digest, sums = hashlib.sha256(), BlockSums()
+    for tokens in scan(folder / f"{name}.bin"):
+        digest.update(tokens.data)
+        sums.update(tokens.data.cast("B"))
+    with atomic_write(folder / f"{name}.sums") as file:
+        file.write(sums.digest())
+    return SplitRecord(f"{name}.bin", sha256=digest.hexdigest(), sums=f"{name}.sums", **counts)
+
+
 class TokenFiles:
     """A folder that `prepare` made. `meta` is its meta.json, `eot_id` the id of the end-of-text token."""
 
-    def __init__(self, folder: Path, meta: dict):
+    def __init__(self, folder: Path, meta: TokenMeta):
         self.folder, self.meta = folder, meta
-        self.vocab_size: int = meta["vocab_size"]
-        self.eot_id: int = meta["eot_id"]
+        self.vocab_size, self.eot_id = meta.vocab_size, meta.eot_id
 
     @classmethod
     def open(cls, folder) -> "TokenFiles":
-        """Read meta.json. Raises `CocomixError` when it is missing, broken or of another format."""
+        """Read meta.json. Raises `CocomixError` when it is missing, broken, damaged or of another format."""
         folder = Path(folder)
         meta = read_json(folder / "meta.json", "the description of the token files (`cocomix data` makes them)")
         if meta.get("format") != FORMAT:
@@ -44,10 +89,12 @@ class TokenFiles:
                 f"{folder / 'meta.json'} has format {meta.get('format')!r}, this version of cocomix reads {FORMAT}: "
                 f"{_make_again(folder)}"
             )
-        missing = {"vocab_size", "eot_id", "splits", "val_unigram_perplexity", "settings", "sources"} - set(meta)
-        if missing:
-            raise CocomixError(f"{folder / 'meta.json'} lacks {', '.join(sorted(missing))}: {_make_again(folder)}")
-        return cls(folder, meta)
+        record = as_record(TokenMeta, meta, folder / "meta.json", _make_again(folder))
+        if missing := [name for name in SPLITS if name not in record.splits]:
+            raise CocomixError(f"{folder / 'meta.json'} lacks splits.{missing[0]}: {_make_again(folder)}")
+        if any(split.sums is None for split in record.splits.values()):
+            note_once(f"{folder} was made by an earlier version, without checksums: damage in it may go unnoticed")
+        return cls(folder, record)
 
     def tokenizer(self):
         """The transformers tokenizer that made the token files."""
@@ -55,26 +102,32 @@ class TokenFiles:
 
     def split(self, name: str) -> "TokenSplit":
         """Open "train" or "val"; see `TokenSplit` for the errors."""
-        entry = self.meta["splits"][name]
-        return TokenSplit(self.folder / entry["file"], entry["tokens"], self.vocab_size, entry["sha256"])
+        record = self.meta.splits[name]
+        sums = None if record.sums is None else self.folder / record.sums
+        return TokenSplit(self.folder / record.file, record.tokens, self.vocab_size, record.sha256, sums)
 
 
 class TokenSplit:
     """A memory-mapped token file, read in non-overlapping windows. Pickles as a path, not as its contents.
 
-    `fingerprint` is the SHA-256 that meta.json records; opening reads none of the tokens. Raises `CocomixError` when
-    the file is missing, empty or not as long as `n_tokens` says.
+    `fingerprint` is the SHA-256 that meta.json records; opening reads none of the tokens. `sums` is the file with the
+    checksums of its blocks, which each window's are compared with when they are first read. Raises `CocomixError` when
+    a file is missing, empty or not as long as `n_tokens` says.
     """
 
-    def __init__(self, path, n_tokens: int, vocab_size: int, fingerprint: str):
+    def __init__(self, path, n_tokens: int, vocab_size: int, fingerprint: str, sums: Path | None = None):
         self.path, self.n_tokens, self.vocab_size, self.fingerprint = Path(path), n_tokens, vocab_size, fingerprint
-        self._file = MappedFile(
-            self.path, TOKEN_DTYPE, n_tokens * TOKEN_DTYPE.itemsize, unit="tokens", remedy=_make_again(self.path.parent)
-        )
+        n_bytes, remedy = n_tokens * TOKEN_DTYPE.itemsize, _make_again(self.path.parent)
+        self._file = MappedFile(self.path, TOKEN_DTYPE, n_bytes, unit="tokens", remedy=remedy)
         self.tokens = self._file.array
+        self._sums = sums
+        if sums is not None:
+            n_sums = block_count(n_bytes) * SUM_DTYPE.itemsize
+            stored = MappedFile(sums, SUM_DTYPE, n_sums, unit="checksums", remedy=remedy)
+            self._file.check(n_bytes, stored.array)
 
     def __reduce__(self):
-        return TokenSplit, (self.path, self.n_tokens, self.vocab_size, self.fingerprint)
+        return TokenSplit, (self.path, self.n_tokens, self.vocab_size, self.fingerprint, self._sums)
 
     def n_windows(self, seq_len: int) -> int:
         """Whole windows of `seq_len` tokens; what is left over at the end is never read. At least 1, or an error."""
@@ -102,17 +155,23 @@ class TokenSplit:
         return ids.reshape(len(indices), seq_len)
 
     def verify(self) -> None:
-        """Read the whole file. Raises `CocomixError` for an id beyond the vocabulary or another SHA-256."""
-        digest, start = hashlib.sha256(), 0
-        for tokens in scan(self.path):
-            self._require_known(tokens, start)
-            digest.update(tokens.data)
-            start += len(tokens)
+        """Read the whole file. Raises `CocomixError` for an id beyond the vocabulary or another SHA-256, and where the
+        checksums beside it are not those of its blocks."""
+        digest, sums, start = hashlib.sha256(), BlockSums(), 0
+        with tqdm(desc=f"checking {self.path.name}", total=self.n_tokens, unit="tok", unit_scale=True, delay=1) as bar:
+            for tokens in scan(self.path):
+                self._require_known(tokens, start)
+                digest.update(tokens.data)
+                sums.update(tokens.data.cast("B"))
+                start += len(tokens)
+                bar.update(len(tokens))
         if digest.hexdigest() != self.fingerprint:
             raise CocomixError(
                 f"{self.path} has changed since it was made: its SHA-256 is {digest.hexdigest()}, meta.json says "
                 f"{self.fingerprint}: {_make_again(self.path.parent)}"
             )
+        if self._sums is not None and self._sums.read_bytes() != sums.digest():
+            raise CocomixError(f"{self._sums} is damaged: {_make_again(self.path.parent)}")
 
     def _require_known(self, ids: np.ndarray, start: int) -> None:
         if ids.max() >= self.vocab_size:

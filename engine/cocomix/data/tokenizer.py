@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from cocomix.core.errors import CocomixError
+from cocomix.core.manifest import require_sound
 from cocomix.core.model_names import OF_TOKENIZERS, as_transformers_names_it, first_line
 
 END_OF_TEXT = "<|endoftext|>"
@@ -40,11 +41,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
 
 def load_tokenizer(name: str):
     """The transformers tokenizer of a folder, or of "hf:NAME" on the hub; no code that lies beside it is run. Raises
-    `CocomixError` when there is none."""
+    `CocomixError` when there is none, or when it is damaged."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(as_transformers_names_it(name), **OF_TOKENIZERS)
+        place = as_transformers_names_it(name)
+        require_sound(place, weights=False)
+        return AutoTokenizer.from_pretrained(place, **OF_TOKENIZERS)
     except Exception as error:  # transformers, the hub client and tokenizers have no common base exception
         raise CocomixError(f"the tokenizer {name} cannot be loaded: {first_line(error)}") from error
 

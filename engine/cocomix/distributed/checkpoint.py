@@ -10,15 +10,35 @@ import secrets
 import shutil
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
 
 from cocomix.core.errors import CocomixError
-from cocomix.core.files import explain_full_disk, read_json, write_json
+from cocomix.core.files import explain_full_disk, read_json, write_own_json
+from cocomix.core.records import as_record
 from cocomix.distributed.background_write import BackgroundWriter, failure
 from cocomix.distributed.ranks import Ranks
 from cocomix.distributed.training_state import adam_steps, load_pieces, publish_weights, state_file_name, state_to_save
 
 _VERSION = 3
+_Steps = Annotated[int, msgspec.Meta(ge=0)]
+
+
+@dataclass(frozen=True)
+class _TrainerState:
+    """What trainer.json holds at least; the trainer adds what it needs itself."""
+
+    save_id: str
+    world_size: Annotated[int, msgspec.Meta(gt=0, le=1 << 24)]
+    step: _Steps
+    adam_steps: _Steps
+    skipped_steps: _Steps
+    schedule_steps: _Steps
+    identity: dict[str, Any]
+    elapsed_s: Annotated[float, msgspec.Meta(ge=0)]
 
 
 def checkpoints_folder(run) -> Path:
@@ -54,13 +74,18 @@ def begun_checkpoints(run) -> list[Path]:
 def _is_complete(folder: Path) -> bool:
     if not (folder / "trainer.json").exists():
         return False
-    world = _trainer_json(folder).get("world_size", 0)
+    world = _trainer_json(folder).get("world_size")
+    if not isinstance(world, int):  # of another version, which whoever reads it says
+        return True
     files = {file.name for file in (folder / "state").glob("*.safetensors")}
     return files.issuperset(state_file_name(rank, world) for rank in range(world))
 
 
 def _trainer_json(checkpoint: Path) -> dict:
-    return read_json(checkpoint / "trainer.json", "the checkpoint's training state")
+    try:
+        return read_json(checkpoint / "trainer.json", "the checkpoint's training state")
+    except CocomixError as error:
+        raise CocomixError(f"{error}; or move {checkpoint} away to go on from an older checkpoint") from None
 
 
 class CheckpointWriter:
@@ -105,7 +130,7 @@ class CheckpointWriter:
             if ranks.is_first:
                 with explain_full_disk(folder):
                     self._describe_model(folder / "model")
-                write_json(folder / "trainer.json", description)
+                write_own_json(folder / "trainer.json", description)
 
         path = folder / "state" / state_file_name(ranks.rank, ranks.world)
         try:
@@ -150,10 +175,12 @@ def _in_words(error: BaseException, folder: Path) -> str:
 
 
 def read_trainer_state(checkpoint: Path) -> dict:
-    """What a save wrote into trainer.json. Raises `CocomixError` where this version cannot go on from it."""
+    """What a save wrote into trainer.json. Raises `CocomixError` where this version cannot go on from it, and where it
+    is damaged."""
     state = _trainer_json(checkpoint)
     if state.get("version") != _VERSION:
         raise CocomixError(f"{checkpoint} was written by another version of cocomix: go on with that one")
+    as_record(_TrainerState, state, checkpoint / "trainer.json", "move the checkpoint away to go on from an older one")
     return state
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import atomic_folder, read_json, require_space, sweep_leftovers
+from cocomix.core.manifest import FILE as MANIFEST
+from cocomix.core.manifest import require_sound, write_manifest
 from cocomix.core.model_names import first_line
 from cocomix.distributed.checkpoint import latest_checkpoint, read_trainer_state
 from cocomix.distributed.training_state import read_weights
@@ -101,11 +103,13 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: str = "fp32") -> None:
     with atomic_folder(out) as aside:
         _copy_description(checkpoint / "model", aside, dtype, but=())
         _save(weights, aside / "model.safetensors", dtype, {"format": "pt"}, where=checkpoint)
+        write_manifest(aside)
 
 
 def _copy(folder: Path, out: Path, dtype: str) -> None:
     """A transformers folder, file by file: no more than one is in memory."""
     files = _weight_files(folder)
+    require_sound(folder)
     _check_shapes(folder, _stored_shapes(files), *_expected_shapes(folder))
     require_space(out, sum(file.stat().st_size for file in files) // (2 if dtype == "bf16" else 1))
     with atomic_folder(out) as aside:
@@ -113,11 +117,12 @@ def _copy(folder: Path, out: Path, dtype: str) -> None:
         written = sum(_cast(file, aside / file.name, dtype) for file in files)
         if (folder / _INDEX).exists():
             _write_index(folder, aside, written)
+        write_manifest(aside)
 
 
 def _copy_description(folder, aside, dtype, but):
     for entry in sorted(folder.iterdir()):
-        if entry.is_file() and entry not in but and entry.name not in ("config.json", _INDEX):
+        if entry.is_file() and entry not in but and entry.name not in ("config.json", _INDEX, MANIFEST):
             shutil.copyfile(entry, aside / entry.name)
     config = read_json(folder / "config.json", "the model's config")
     config.pop("torch_dtype", None)
@@ -128,6 +133,7 @@ def _copy_description(folder, aside, dtype, but):
 def _weights_of_checkpoint(checkpoint):
     """Weights by name, float32, in their shapes."""
     state = read_trainer_state(checkpoint)
+    require_sound(checkpoint / "model")
     flat = read_weights(checkpoint / "state", state["save_id"], state["world_size"])
     expected, tied = _expected_shapes(checkpoint / "model")
     sizes = {name: math.prod(shape) for name, shape in expected.items()}

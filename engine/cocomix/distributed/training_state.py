@@ -5,10 +5,10 @@ reads those that it holds then, from whichever files have them: the number of ra
 between, no rank ever holds more than its own share, and with nothing changed every bit comes back.
 
 FOLDER/rank-00002-of-00008.safetensors holds tensors NAME/KIND/START (flat, from element START of the parameter NAME;
-KIND is master, exp_avg or exp_avg_sq) and this rank's random states; its metadata name the save it belongs to.
+KIND is master, exp_avg or exp_avg_sq) and this rank's random states; its metadata name the save it belongs to and
+hold a checksum of each tensor.
 """
 
-import contextlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 
 from cocomix.core.errors import CocomixError
 from cocomix.distributed.ranks import Ranks
+from cocomix.distributed.state_file import open_state_file
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _RANDOM = "random"  # no parameter's name: those have a dot
@@ -154,13 +155,16 @@ class _Missing:
     def __init__(self, start: int, tensor: torch.Tensor):
         self.start, self.tensor, self.left = start, tensor, tensor.numel()
 
-    def fill(self, start: int, stored) -> None:
-        """Take what `stored` (a safetensors slice, from element `start`) has of this."""
+    def overlaps(self, start: int, length: int) -> bool:
+        """Whether this has any of the `length` elements from element `start` on."""
+        return start < self.start + self.tensor.numel() and self.start < start + length
+
+    def fill(self, start: int, stored: torch.Tensor) -> None:
+        """Take what `stored`, from element `start` on, has of this."""
         first = max(start, self.start)
-        last = min(start + stored.get_shape()[0], self.start + self.tensor.numel())
-        if first < last:
-            self.tensor[first - self.start : last - self.start].copy_(stored[first - start : last - start])
-            self.left -= last - first
+        last = min(start + stored.numel(), self.start + self.tensor.numel())
+        self.tensor[first - self.start : last - self.start].copy_(stored[first - start : last - start])
+        self.left -= last - first
 
 
 def read_weights(folder: Path, save_id: str, saved_world: int) -> dict[str, torch.Tensor]:
@@ -170,39 +174,25 @@ def read_weights(folder: Path, save_id: str, saved_world: int) -> dict[str, torc
     """
     pieces = {}
     for rank in range(saved_world):
-        with _open(folder / state_file_name(rank, saved_world), save_id) as file:
+        with open_state_file(folder / state_file_name(rank, saved_world), save_id) as file:
             for key in file.keys():
                 if key.startswith(f"{_RANDOM}/"):
                     continue
                 name, kind, start = key.rsplit("/", 2)
                 if kind == "master":
-                    pieces.setdefault(name, {})[int(start)] = file.get_tensor(key)
+                    pieces.setdefault(name, {})[int(start)] = file.tensor(key)
     return {name: torch.cat([parts[start] for start in sorted(parts)]) for name, parts in pieces.items()}
 
 
 def _fill_from(path: Path, save_id: str, missing: dict[tuple[str, str], _Missing]) -> None:
-    with _open(path, save_id) as file:
+    with open_state_file(path, save_id) as file:
         for key in file.keys():
             if key.startswith(f"{_RANDOM}/"):
                 continue
             name, kind, start = key.rsplit("/", 2)
-            if (name, kind) in missing and missing[name, kind].left:
-                missing[name, kind].fill(int(start), file.get_slice(key))
-
-
-@contextlib.contextmanager
-def _open(path: Path, save_id: str | None = None):
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            if save_id is not None and (file.metadata() or {}).get("save_id") != save_id:
-                raise CocomixError(f"{path} belongs to another save")
-            yield file
-    except FileNotFoundError:
-        raise CocomixError(f"{path} is missing") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CocomixError(f"{path} is damaged: {error}") from error
+            gap = missing.get((name, kind))
+            if gap is not None and gap.left and gap.overlaps(int(start), file.length(key)):
+                gap.fill(int(start), file.tensor(key))
 
 
 @torch.no_grad()
@@ -224,8 +214,10 @@ def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def _restore_random_states(path: Path, device: torch.device) -> None:
-    with _open(path) as file:
-        stored = {key.rsplit("/", 1)[1]: file.get_tensor(key) for key in file.keys() if key.startswith(f"{_RANDOM}/")}
+    with open_state_file(path) as file:
+        stored = {key.rsplit("/", 1)[1]: file.tensor(key) for key in file.keys() if key.startswith(f"{_RANDOM}/")}
+    if "cpu" not in stored:
+        raise CocomixError(f"{path} is damaged: it lacks {_RANDOM}/cpu")
     torch.set_rng_state(stored["cpu"])
     if device.type == "cuda" and "cuda" in stored:
         torch.cuda.set_rng_state(stored["cuda"], device)

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from cocomix.core.errors import CocomixError
 from cocomix.core.extras import needs
-from cocomix.core.files import read_json, write_json
+from cocomix.core.files import read_json, write_own_json
 from cocomix.core.locks import only_writer
 from cocomix.core.tables import text_table
 from cocomix.distributed.export import find_model, run_of
@@ -200,7 +200,7 @@ class _StoredResults:
         """Keep the metrics of a task, beside those that other processes have kept meanwhile."""
         with only_writer(self._path, "cocomix eval --tasks", wait_s=_PATIENCE_S):
             self.tasks = self._stored() | self.tasks | {name: metrics}
-            write_json(self._path, {"origin": self._origin, "tasks": self.tasks})
+            write_own_json(self._path, {"origin": self._origin, "tasks": self.tasks})
 
 
 def _result_file(folder: Path, out: str | None) -> Path:

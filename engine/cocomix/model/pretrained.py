@@ -1,13 +1,14 @@
 """Causal language models of transformers, this program's own among them: loaded frozen, and told apart."""
 
 import hashlib
-import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from cocomix.core.errors import CocomixError
+from cocomix.core.manifest import require_sound
 from cocomix.core.model_names import OF_MODELS, as_transformers_names_it, first_line
+from cocomix.core.output import note_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,17 +18,24 @@ def load_language_model(path) -> "PreTrainedModel":
     """Load a causal language model (a transformers folder, or "hf:NAME" from the hub) in float32, frozen and in
     evaluation mode. No code that lies beside it is run, and only safetensors are read.
 
-    Raises `CocomixError` where there is no such model.
+    Raises `CocomixError` where there is no such model, and where its files are not those that its manifest lists.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(as_transformers_names_it(path), dtype=torch.float32, **OF_MODELS)
-    except (CocomixError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        place = as_transformers_names_it(path)
+        has_checksums = require_sound(place)
+        load = cast(Any, AutoModelForCausalLM.from_pretrained)
+        model, loading = load(place, dtype=torch.float32, output_loading_info=True, **OF_MODELS)
+    except Exception as error:  # transformers, safetensors and the hub client have no common base exception
         raise CocomixError(f"cannot load a causal language model from {path}: {first_line(error)}") from None
+    missing = sorted(loading["missing_keys"])
+    if missing:  # which transformers fills with random numbers
+        raise CocomixError(f"cannot load a causal language model from {path}: its weights lack {missing[0]}")
     if getattr(model.config, "auto_map", None):
-        print(f"note: {path} asks for code of its own to be run; it is not", file=sys.stderr)
+        note_once(f"{path} asks for code of its own to be run; it is not")
+    if model.config.model_type == "cocomix" and not has_checksums:
+        note_once(f"{path} comes without checksums: damage in it may go unnoticed")
     return model.requires_grad_(False).eval()
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from cocomix.core.config import current_name
-from cocomix.report.runs import Run, distinct, is_number
+from cocomix.core.records import is_number
+from cocomix.report.runs import Run, distinct
 from cocomix.training.resume import LEAVES_TRAJECTORY
 
 _SEED, _BUDGET = "train.seed", "train.tokens"

@@ -12,8 +12,9 @@ from typing import Any, cast
 import numpy as np
 
 from cocomix.core.extras import needs
+from cocomix.core.records import is_number
 from cocomix.report.arms import Arm, arm_titles
-from cocomix.report.runs import fixed, is_number, significant
+from cocomix.report.runs import fixed, significant
 
 # Okabe and Ito's colours; line styles and markers carry the difference where a printer has no colours.
 LINES = (

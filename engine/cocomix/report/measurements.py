@@ -1,14 +1,51 @@
 """Benchmarks on disk, the JSON of pytest-benchmark, read and compared."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import read_json
+from cocomix.core.records import Positive, as_record
 
-_ROW_KEYS = ("operation", "case", "contestant", "shape", "ms")
+
+@dataclass(frozen=True)
+class _Spread:
+    median: Positive
+    p10: Positive
+    p90: Positive
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What each row holds at least."""
+
+    operation: str
+    case: str
+    contestant: str
+    shape: dict[str, Any]
+    ms: _Spread
+    ratio_to_floor: _Spread | None = None
+    floor_formula: str | None = None
+
+
+@dataclass(frozen=True)
+class _Machine:
+    cocomix: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Bench:
+    extra_info: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _File:
+    """What pytest-benchmark writes, as far as it is read."""
+
+    benchmarks: list[_Bench]
+    machine_info: _Machine = field(default_factory=_Machine)
 
 
 @dataclass(frozen=True)
@@ -44,16 +81,18 @@ class Change:
 
 
 def load_benchmarks(path) -> Benchmarks:
-    """Read what `make bench` left. Raises `CocomixError` for a file of another kind."""
+    """Read what `make bench` left. Raises `CocomixError` for a file of another kind, and for rows that lack figures or
+    hold impossible ones."""
     content = read_json(path, "the benchmark file")
-    found = content.get("benchmarks")
-    if not isinstance(found, list):
+    if not isinstance(content.get("benchmarks"), list):
         raise CocomixError(f"{path} does not hold benchmarks: expected what pytest-benchmark writes (make bench)")
-    rows = [entry.get("extra_info") for entry in found if isinstance(entry, dict)]
-    rows = [row for row in rows if isinstance(row, dict) and all(key in row for key in _ROW_KEYS)]
+    file = as_record(_File, content, path, "expected what pytest-benchmark writes (make bench)")
+    rows = [entry.extra_info for entry in file.benchmarks if "contestant" in entry.extra_info]
     if not rows:
-        raise CocomixError(f"{path} holds no figures of cocomix's benchmarks: it lists {len(found)} others")
-    return Benchmarks(Path(path), content.get("machine_info", {}).get("cocomix", {}), rows)
+        raise CocomixError(f"{path} holds no figures of cocomix's benchmarks: it lists {len(file.benchmarks)} others")
+    for row in rows:
+        as_record(_Row, row, f"{path}, {row.get('operation')} {row.get('case')}", "measure it again (make bench)")
+    return Benchmarks(Path(path), file.machine_info.cocomix, rows)
 
 
 def compare(old: Benchmarks, new: Benchmarks) -> list[Change]:

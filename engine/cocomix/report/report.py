@@ -12,11 +12,12 @@ from markupsafe import Markup
 from cocomix.core.config import current_name
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import atomic_write
+from cocomix.core.records import is_number
 from cocomix.core.tables import text_table
 from cocomix.report.arms import Arm, arm_titles, arms
 from cocomix.report.figures import FIGURES, draw_figures
 from cocomix.report.page import Section, figure_section, folded, html_table, note, page, text_section
-from cocomix.report.runs import Run, fixed, is_number, load_run, significant, titles
+from cocomix.report.runs import Run, fixed, load_run, significant, titles
 from cocomix.report.token_saving import Saving, arithmetic_ratio, arm_saving
 
 __all__ = ["comparison_table", "load_run", "write_report"]

@@ -1,6 +1,5 @@
 """What training leaves in a run folder: `run.json` and `metrics.jsonl`, read and checked."""
 
-import json
 import math
 import statistics
 from dataclasses import dataclass
@@ -10,13 +9,10 @@ from typing import Any
 from cocomix.core.errors import CocomixError
 from cocomix.core.methods import labels_name, method_title, predicts_concepts, soft_targets_name
 from cocomix.training.metrics import FILE_NAME as METRICS
+from cocomix.training.metrics import read_metrics
 from cocomix.training.run_record import FILE_NAME, RunRecord
 
-_METRIC_KEYS = {
-    "train": ("step", "tokens", "ntp_loss", "step_time_s", "tokens_per_s", "peak_memory_gib"),
-    "eval": ("step", "tokens", "loss", "perplexity", "elapsed_s"),
-    "summary": ("step", "tokens", "loss", "perplexity", "tokens_per_s", "step_time_s", "peak_memory_gib", "elapsed_s"),
-}
+_KINDS = ("train", "eval", "summary")
 
 
 @dataclass(frozen=True)
@@ -98,8 +94,8 @@ def load_run(folder) -> Run:
     """Read a run folder, finished or still running.
 
     Where a resumed run went over some steps twice, the later lines count. A last line that is cut off (the run is
-    just writing it) is left out. Raises `CocomixError` when the folder holds no run, when a line is broken (named by
-    its number) and when there is no evaluation yet.
+    just writing it) is left out, and so are damaged ones, with a word on standard error. Raises `CocomixError` when the
+    folder holds no run and when there is no evaluation yet.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -110,53 +106,15 @@ def load_run(folder) -> Run:
     if not (folder / FILE_NAME).is_file():
         raise CocomixError(f"{folder} is not a run folder (no {FILE_NAME} in it); name one that `cocomix train` wrote")
     run_record = RunRecord.read(folder)
-    records = _without_repeated_steps(_read_metrics(folder / METRICS))
-    of_kind = {kind: [record for record in records if record["kind"] == kind] for kind in _METRIC_KEYS}
+    lines = read_metrics(folder / METRICS) if (folder / METRICS).exists() else []
+    records = _without_repeated_steps([line for line in lines if line["kind"] in _KINDS])
+    of_kind = {kind: [record for record in records if record["kind"] == kind] for kind in _KINDS}
     evaluations = {record["tokens"]: record for kind in ("summary", "eval") for record in of_kind[kind]}
     if not evaluations:
         raise CocomixError(f"{folder} has no evaluation yet: wait for its first one (train.eval_every) and try again")
     summary = records[-1] if records[-1]["kind"] == "summary" else None
     ordered = [evaluations[tokens] for tokens in sorted(evaluations)]
     return Run(folder, run_record, of_kind["train"], ordered, summary)
-
-
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise CocomixError(f"{path} cannot be read: {error}") from None
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):  # no newline yet: the run is just writing this line
-                break
-            raise CocomixError(f"{path}, line {number} is broken: {error}; remove that line and try again") from None
-        if _check_metric(record, f"{path}, line {number}"):
-            records.append(record)
-    return records
-
-
-def _check_metric(record, where: str) -> bool:
-    """Whether the report reads this kind of line. Raises `CocomixError` where a line lacks what its kind promises."""
-    if not isinstance(record, dict) or "kind" not in record:
-        raise CocomixError(f"{where} is broken: expected a JSON object with a kind; remove that line and try again")
-    for key in _METRIC_KEYS.get(str(record["kind"]), ()):
-        if not is_number(record.get(key)):
-            raise CocomixError(
-                f"{where} is broken: {key} is {record.get(key)!r}, not a number; remove that line and try again"
-            )
-    return str(record["kind"]) in _METRIC_KEYS
-
-
-def is_number(value) -> bool:
-    """Whether a JSON value is a number (true and false are not)."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _without_repeated_steps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,16 +1,25 @@
 """Concept labels kept on disk: two bytes a label."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from cocomix.teacher.shard_cache import ShardCache
+from cocomix.core.records import Count
+from cocomix.teacher.shard_cache import CacheMeta, ShardCache
 
 NONE = 65535  # how "no label" (-1) is stored
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LabelMeta(CacheMeta):
+    label_topk: Count
 
 
 class LabelCache(ShardCache):
     """Concept labels of the windows of one token file: [n_windows, T, K] numbers of concepts below 65535, or -1."""
 
     what, setting, stem, size_key = "label cache", "concept_labels.cache", "labels", "label_topk"
+    meta_class = _LabelMeta
     names = {
         "sae": "another SAE",
         "layer": "another block of the teacher",
@@ -33,7 +42,7 @@ class LabelCache(ShardCache):
             shard_windows=shard_windows,
         )
 
-    def __init__(self, folder, meta: dict):
+    def __init__(self, folder, meta: CacheMeta):
         super().__init__(folder, meta)
         self.fingerprints = {"labels_by": "attribution"} | self.fingerprints  # the only rule there once was
 

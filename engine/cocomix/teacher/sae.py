@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cocomix.core.errors import CocomixError
-from cocomix.core.files import atomic_folder, write_json
+from cocomix.core.files import atomic_folder, write_own_json
+from cocomix.core.manifest import write_manifest
 from cocomix.teacher.sae_formats import DEFAULT_K, FORMAT, VERSION, read_sae
 from cocomix_kernels import topk_linear
 from cocomix_kernels.common.chunking import row_chunks
@@ -163,7 +164,8 @@ class SparseAutoencoder(nn.Module):
         with atomic_folder(folder) as aside:
             # Bytes first: safetensors' own writer reports a full disk as an error that is not an OSError.
             (aside / "sae.safetensors").write_bytes(to_safetensors(self._tensors()))
-            write_json(aside / "config.json", config)
+            write_own_json(aside / "config.json", config)
+            write_manifest(aside)
 
     def _plain_normalization(self) -> bool | str:
         return _PLAIN_NAMES.get(self.normalization, self.normalization)

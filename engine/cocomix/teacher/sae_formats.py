@@ -4,9 +4,10 @@ Each reader returns the arguments of `SparseAutoencoder`: tensors in fp32 on the
 settings. Nothing is ever unpickled.
 """
 
-import io
 import pickle
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +16,10 @@ from torch import Tensor
 
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import read_json
+from cocomix.core.manifest import require_sound
+from cocomix.core.output import note_once
+from cocomix.core.records import Count, as_record
+from cocomix.core.torch_files import load_tensors
 
 FORMAT = "cocomix-sae"
 VERSION = 1
@@ -35,6 +40,20 @@ _SAELENS_NORMALIZATIONS = {
 }
 
 
+@dataclass(frozen=True)
+class SavedConfig:
+    """config.json of a folder that `SparseAutoencoder.save` wrote. `metrics` and `training` are whatever they were."""
+
+    format: str
+    version: int
+    n_latents: Count
+    d_model: Count
+    k: Count
+    normalize: bool | str = False
+    metrics: dict[str, float] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
 def read_sae(path: Path) -> dict:
     """Arguments of `SparseAutoencoder` from any supported file or folder; `k` is None where the SAE names none.
 
@@ -43,7 +62,7 @@ def read_sae(path: Path) -> dict:
     return _read_openai(path) if path.is_file() else _read_folder(path)
 
 
-def read_saved_config(folder) -> dict:
+def read_saved_config(folder) -> SavedConfig:
     """config.json of a folder that `SparseAutoencoder.save` wrote.
 
     Raises `CocomixError` when the file is missing or broken, or is another program's.
@@ -57,7 +76,7 @@ def read_saved_config(folder) -> dict:
             f"{path} has version {config.get('version')!r}; this program reads version {VERSION}: update it, or train "
             "the SAE again"
         )
-    return config
+    return as_record(SavedConfig, config, path, finite=False)  # a metric may be a quotient of nothing
 
 
 def _read_openai(path: Path) -> dict:
@@ -101,7 +120,7 @@ def _openai_activation(content: dict, path: Path) -> dict:
 
 def _torch_load(path: Path):
     try:
-        return torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+        return load_tensors(path)
     except pickle.UnpicklingError as error:
         if "unsupported" in str(error).lower():
             raise CocomixError(
@@ -131,18 +150,19 @@ def _read_folder(folder: Path) -> dict:
 
 def _read_own(folder: Path) -> dict:
     config = read_saved_config(folder)
+    if not require_sound(folder):
+        note_once(f"{folder} was made by an earlier version, without checksums: damage in it may go unnoticed")
     path = folder / "sae.safetensors"
     content = _load_safetensors(path)
     names = ("W_enc", "latent_bias", "pre_bias", "decoder", *(["threshold"] if "threshold" in content else []))
     tensors = _take(content, {name: name for name in names}, path)
-    expected = [config.get("n_latents"), config.get("d_model")]
+    expected = [config.n_latents, config.d_model]
     if list(tensors["W_enc"].shape) != expected:
         raise CocomixError(
             f"{folder}: config.json says [n_latents, d_model] = {expected}, but W_enc in "
             f"sae.safetensors is {list(tensors['W_enc'].shape)}; the two are not of one SAE"
         )
-    k = _required_k(config.get("k"), folder / "config.json")
-    return {**tensors, "k": k, "normalize": config.get("normalize", False)}
+    return {**tensors, "k": config.k, "normalize": config.normalize}
 
 
 def _read_sparsify(folder: Path) -> dict:
@@ -232,9 +252,11 @@ def _fold_decoder_norms(settings: dict) -> None:
     settings["decoder"] = settings["decoder"] / norms[:, None]
 
 
-def _required_k(k, config: Path):
+def _required_k(k, config: Path) -> int:
     if k is None:
         raise CocomixError(f"{config} names no k, the number of latents that a TopK SAE keeps")
+    if type(k) is not int or k < 1:
+        raise CocomixError(f"{config}: k is {k!r}, not a number of latents")
     return k
 
 

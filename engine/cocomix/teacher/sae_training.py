@@ -27,8 +27,10 @@ from cocomix.core.config import Config, SaeConfig
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import atomic_write, require_space, sweep_leftovers
 from cocomix.core.locks import only_writer
+from cocomix.core.manifest import require_sound
 from cocomix.core.origin import differences
 from cocomix.core.precision import TEACHER, settled
+from cocomix.core.torch_files import load_tensors
 from cocomix.data.token_files import TokenFiles
 from cocomix.data.windows import WindowOrder
 from cocomix.model.pretrained import fingerprint, load_language_model
@@ -264,7 +266,7 @@ def load_state(path, d_model: int, config: SaeConfig, device, identity: dict) ->
         return None
     state = new_state(d_model, config, device)
     with _explain_damage(path):
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = load_tensors(path, device)
         if content["identity"] != json.dumps(identity, sort_keys=True):
             return None
         state.sae.load_state_dict(content["sae"])
@@ -277,7 +279,7 @@ def load_state(path, d_model: int, config: SaeConfig, device, identity: dict) ->
 def _identity_of_state(path: Path) -> dict:
     """The identity that `save_state` wrote. Raises `CocomixError` for a file that cannot be read."""
     with _explain_damage(path):
-        return json.loads(torch.load(path, map_location="meta", weights_only=True)["identity"])
+        return json.loads(load_tensors(path, "meta")["identity"])
 
 
 @contextlib.contextmanager
@@ -450,7 +452,7 @@ def _begun_with(folder: Path) -> dict[str, str]:
     """{"teacher.dtype": that of the training which `folder` or the state beside it is from}, where there is one."""
     training: dict = {}
     if (folder / "config.json").is_file():
-        training = read_saved_config(folder).get("training") or {}
+        training = read_saved_config(folder).training
     elif _partial_path(folder).is_file():
         training = _identity_of_state(_partial_path(folder))
     return {TEACHER: training[TEACHER]} if TEACHER in training else {}
@@ -461,13 +463,14 @@ def _finished_metrics(folder: Path, identity: dict) -> dict | None:
     if not (folder / "config.json").is_file():
         return None
     config = read_saved_config(folder)
-    found = differences(config.get("training") or {}, identity)
+    require_sound(folder)
+    found = differences(config.training, identity)
     if found:
         raise CocomixError(
             f"{folder} already holds an SAE that differs in {', '.join(difference.name for difference in found)}: "
             "choose another teacher.sae, or delete that folder to train it anew"
         )
-    return config.get("metrics") or {}
+    return config.metrics
 
 
 def _summary(metrics: dict) -> str:

@@ -1,28 +1,36 @@
 """Numbers of every token of a token file kept on disk, in shards that are whole or absent."""
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import os
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
 import numpy as np
 
 from cocomix.core.errors import CocomixError
-from cocomix.core.files import atomic_write, create_json, read_json, require_space
+from cocomix.core.files import atomic_write, create_own_json, read_json, require_space
 from cocomix.core.mapped_file import MappedFile
 from cocomix.core.origin import Difference, differences
+from cocomix.core.output import note_once
+from cocomix.core.records import as_record
+from cocomix.teacher.shard_layout import ShardLayout, ShardSums, origin_of
 
 _DTYPE = np.dtype("<u2")
-_CHECKSUM_BYTES = 32
 _READ_BYTES = 1 << 20
 _HASH_CHARACTERS = 64
 _ABANDONED_S = 3600  # a shard that is being written changes with every batch of windows
 _REMEDY = "run `cocomix labels` again, which makes it anew"
-_VERSION = 1
+_VERSION = 2
+_WITHOUT_BLOCK_SUMS = 1  # a version that is still read and completed
+_MOST = 1 << 48  # windows, and anything else that is counted
 _NAMES = {
     "data": "other token files",
     "teacher": "another teacher",
@@ -31,12 +39,35 @@ _NAMES = {
 }
 
 
+_Size = Annotated[int, msgspec.Meta(gt=0, lt=_MOST)]
+
+
+@dataclass(frozen=True)
+class CacheMeta:
+    """meta.json of a cache. Subclasses add what the width of its numbers follows from."""
+
+    version: int
+    n_windows: _Size
+    seq_len: _Size
+    shard_windows: _Size
+    fingerprints: dict[str, str]
+    holds: str = "labels"  # which was all that there once was
+    flops_per_token: float | None = None  # what making it cost; early ones do not tell
+
+    def origin(self) -> bytes | None:
+        """What its shards name as their origin; None where they name none."""
+        if self.version == _WITHOUT_BLOCK_SUMS:
+            return None
+        return origin_of({key: value for key, value in dataclasses.asdict(self).items() if key != "flops_per_token"})
+
+
 class ShardCache:
     """Numbers of the windows of one token file: uint16 [n_windows, T, width] in shards of `shard_windows` windows.
 
-    A shard is written aside and renamed, so it is complete or not there; its last 32 bytes are the SHA-256 of the
-    rest. `fingerprints` (strings by the names of `_NAMES` and `names`) say what the numbers were made from. Shards are
-    memory-mapped, a few at a time. Nothing in memory grows with their number but, while they are made, one byte a
+    A shard is written aside and renamed, so it is complete or not there; `ShardLayout` says what it holds beside
+    numbers. `fingerprints` (strings by the names of `_NAMES` and `names`) say what the numbers were made from, and each
+    shard says that it was made from the same. Blocks are compared with their checksums when they are first read. Shards
+    are memory-mapped, a few at a time. Nothing in memory grows with their number but, while they are made, one byte a
     shard; what there is is found in the folder's listing, since a file system of many machines is slow to ask about
     each file.
 
@@ -48,13 +79,14 @@ class ShardCache:
     setting: str  # that names its folder
     stem: str  # of its shards' names, and the name of its numbers
     size_key: str  # in meta.json
+    meta_class: type[CacheMeta]
     names: dict[str, str]  # of fingerprints beside `_NAMES`: what another value means
 
-    def __init__(self, folder, meta: dict):
+    def __init__(self, folder, meta: CacheMeta):
         self.folder, self._meta = Path(folder), meta
-        self.n_windows, self.seq_len, self.size = (meta[key] for key in ("n_windows", "seq_len", self.size_key))
-        self.shard_windows, self.fingerprints = meta["shard_windows"], meta["fingerprints"]
-        self.flops_per_token: float | None = meta.get("flops_per_token")  # what making it cost; early ones do not tell
+        self.n_windows, self.seq_len, self.size = meta.n_windows, meta.seq_len, getattr(meta, self.size_key)
+        self.shard_windows, self.fingerprints = meta.shard_windows, meta.fingerprints
+        self.flops_per_token, self._origin = meta.flops_per_token, meta.origin()
         self._shard_name = re.compile(rf"{self.stem}-(\d{{6}}|[1-9]\d{{6,}})\.bin")
         self._part_name = re.compile(rf"\.{self._shard_name.pattern}\..*\.part")
         self._map = functools.lru_cache(maxsize=64)(self._map_shard)
@@ -82,19 +114,19 @@ class ShardCache:
             cache = cls.open(folder)
             cache.require(fingerprints)
             return cache
-        meta = {
-            "version": _VERSION,
-            "holds": cls.stem,
-            "n_windows": n_windows,
-            "seq_len": seq_len,
-            cls.size_key: size,
-            "shard_windows": shard_windows,
-            "fingerprints": dict(fingerprints),
-            "flops_per_token": flops_per_token,
-        }
+        meta = cls.meta_class(
+            version=_VERSION,
+            holds=cls.stem,
+            n_windows=n_windows,
+            seq_len=seq_len,
+            shard_windows=shard_windows,
+            fingerprints=dict(fingerprints),
+            flops_per_token=flops_per_token,
+            **{cls.size_key: size},
+        )
         cache = cls(folder, meta)
         require_space(folder, n_windows * seq_len * cache._width() * _DTYPE.itemsize)
-        if create_json(path, meta):
+        if create_own_json(path, dataclasses.asdict(meta)):
             return cache
         cache = cls.open(folder)  # another process was faster
         cache.require(fingerprints)
@@ -108,19 +140,17 @@ class ShardCache:
             meta = read_json(path, f"the {cls.what} {folder}")
         except CocomixError as error:
             raise CocomixError(f"{error}{'' if path.exists() else '; `cocomix labels` makes it'}") from None
-        if meta.get("version") != _VERSION:
+        if meta.get("version") not in (_VERSION, _WITHOUT_BLOCK_SUMS):
             raise CocomixError(f"the {cls.what} {folder} has version {meta.get('version')}, expected {_VERSION}")
-        holds = meta.get("holds", "labels")  # which was all that there once was
+        holds = str(meta.get("holds", "labels"))
         if holds != cls.stem:
             found, wanted = (stem.replace("-", " ") for stem in (holds, cls.stem))
             raise CocomixError(f"{folder} holds {found}, not {wanted}: name another folder as {cls.setting}")
-        missing = {"n_windows", "seq_len", cls.size_key, "shard_windows", "fingerprints"} - set(meta)
-        if missing:
-            raise CocomixError(
-                f"the {cls.what} {folder} is damaged: its meta.json lacks {', '.join(sorted(missing))}; delete the "
-                "folder and run `cocomix labels` again"
-            )
-        return cls(folder, meta)
+        remedy = f"the {cls.what} is damaged: delete {folder} and run `cocomix labels` again"
+        cache = cls(folder, as_record(cls.meta_class, meta, path, remedy))
+        if cache._origin is None:
+            note_once(f"the {cls.what} {folder} was made by an earlier version: damage in it may go unnoticed")
+        return cache
 
     def require(self, fingerprints: dict) -> None:
         """Raise `CocomixError`, naming what differs, unless the cache was made from these fingerprints."""
@@ -182,7 +212,7 @@ class ShardCache:
     def writer(self, shard: int):
         """Yield a function that takes the values of the shard's next windows. The shard appears when the block ends
         and all its windows have come."""
-        digest, n_windows, expected = hashlib.sha256(), 0, len(self.windows_of(shard))
+        sums, n_windows, expected = ShardSums(self._layout(shard)), 0, len(self.windows_of(shard))
 
         def write(values) -> None:
             nonlocal n_windows
@@ -196,13 +226,13 @@ class ShardCache:
             stored = numbers.astype(_DTYPE).tobytes()
             file.write(stored)
             file.flush()  # so that other processes see that this one lives
-            digest.update(stored)
+            sums.update(stored)
 
         with atomic_write(self._path(shard)) as file:
             yield write
             if n_windows != expected:
                 raise ValueError(f"shard {shard} got {self.stem} of {n_windows} windows, expected {expected}")
-            file.write(digest.digest())
+            file.write(sums.trailer())
 
     def _numbers(self, index: int) -> np.ndarray:
         """Numbers of one window, int64 [T, width]."""
@@ -235,23 +265,26 @@ class ShardCache:
         Raises `FileNotFoundError` where it is not there.
         """
         with open(self._path(shard), "rb") as file:
-            wrong = self._wrong_size(shard, size := os.fstat(file.fileno()).st_size)
+            wrong = self._wrong_size(shard, os.fstat(file.fileno()).st_size)
             if wrong:
                 return wrong
-            digest, left = hashlib.sha256(), size - _CHECKSUM_BYTES
+            digest, left = hashlib.sha256(), self._layout(shard).hashed_bytes
             while left and (content := file.read(min(_READ_BYTES, left))):
                 digest.update(content)
                 left -= len(content)
-            return None if file.read() == digest.digest() else "is damaged (its checksum does not hold)"
+            if file.read() != digest.digest():
+                return "is damaged (its checksum does not hold)"
+        return self._foreign(shard, self._open(shard).bytes)
 
     def _path(self, shard):
         return self.folder / f"{self.stem}-{shard:06d}.bin"
 
-    def _n_bytes(self, shard):
-        return len(self.windows_of(shard)) * self.seq_len * self._width() * _DTYPE.itemsize + _CHECKSUM_BYTES
+    def _layout(self, shard):
+        n_bytes = len(self.windows_of(shard)) * self.seq_len * self._width() * _DTYPE.itemsize
+        return ShardLayout(n_bytes, self._origin)
 
     def _wrong_size(self, shard, size):
-        expected = self._n_bytes(shard)
+        expected = self._layout(shard).n_bytes
         return None if size == expected else f"has {size:,} bytes, expected {expected:,}"
 
     def _require_sound(self, shard, damage):
@@ -259,9 +292,21 @@ class ShardCache:
             raise CocomixError(f"{self._path(shard)} {damage}: {_REMEDY}")
 
     def _map_shard(self, shard):
-        return MappedFile(
-            self._path(shard), _DTYPE, self._n_bytes(shard), unit=self.stem.replace("-", " "), remedy=_REMEDY
-        )
+        file, layout = self._open(shard), self._layout(shard)
+        self._require_sound(shard, self._foreign(shard, file.bytes))
+        sums = layout.sums(file.bytes)
+        if sums is not None:
+            file.check(layout.data_bytes, sums)
+        return file
+
+    def _open(self, shard):
+        n_bytes, unit = self._layout(shard).n_bytes, self.stem.replace("-", " ")
+        return MappedFile(self._path(shard), _DTYPE, n_bytes, unit=unit, remedy=_REMEDY)
+
+    def _foreign(self, shard, content: memoryview) -> str | None:
+        """What is wrong with a shard that belongs to another cache."""
+        is_own = self._layout(shard).origin_in(content) == self._origin
+        return None if is_own else "was not made from what meta.json says"
 
 
 def _is_abandoned(entry: os.DirEntry) -> bool:

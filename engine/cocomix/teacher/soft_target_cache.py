@@ -1,10 +1,18 @@
 """Soft targets kept on disk: the ids of a teacher's likeliest tokens and their log-probabilities, two bytes each."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from cocomix.teacher.shard_cache import ShardCache
+from cocomix.core.records import Count
+from cocomix.teacher.shard_cache import CacheMeta, ShardCache
 
 _MAX_IDS = 65536
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SoftTargetMeta(CacheMeta):
+    top_k: Count
 
 
 class SoftTargetCache(ShardCache):
@@ -14,6 +22,7 @@ class SoftTargetCache(ShardCache):
     """
 
     what, setting, stem, size_key = "soft-target cache", "distillation.cache", "soft-targets", "top_k"
+    meta_class = _SoftTargetMeta
     names = {"top_k": "another number of soft targets a token"}
 
     @classmethod

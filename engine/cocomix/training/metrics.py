@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from cocomix.core import checksums
 from cocomix.core.config import TrainConfig
+from cocomix.core.errors import CocomixError
 from cocomix.core.extras import needs
 from cocomix.core.files import atomic_write, explain_full_disk
+from cocomix.core.records import is_number
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -31,13 +34,14 @@ class MetricsLog:
     """metrics.jsonl of a run folder, mirrored to TensorBoard and Weights & Biases.
 
     Opening drops the lines after step `from_step` (what a resumed run will write again). Every line is one JSON
-    object with `kind` ("train", "eval", "event" or "summary"), `step` and `tokens`.
+    object with `kind` ("train", "eval", "event" or "summary"), `step` and `tokens`, and a checksum of the rest.
+    `n_lines` is how many there are.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, from_step: int, settings: dict):
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / FILE_NAME
-        self._keep_until(from_step)
+        self.n_lines = self._keep_until(from_step)
         self._file = open(self._path, "a", encoding="utf-8")
         self._tensorboard = _open_tensorboard(folder, from_step) if config.tensorboard else None
         self._wandb = _open_wandb(folder, config.wandb_project, settings) if config.wandb_project else None
@@ -45,8 +49,7 @@ class MetricsLog:
     def write(self, kind: str, step: int, tokens: int, **values) -> None:
         """Append a line and pass its numbers on."""
         with explain_full_disk(self._path):
-            self._file.write(json.dumps({"kind": kind, "step": step, "tokens": tokens, **values}) + "\n")
-            self._file.flush()
+            self._append({"kind": kind, "step": step, "tokens": tokens, **values})
             numbers = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
             if self._tensorboard is not None:
                 for name, value in numbers.items():
@@ -57,9 +60,12 @@ class MetricsLog:
     def event(self, event: str, step: int, tokens: int, **values) -> None:
         """Append a line about a single step that was out of the ordinary."""
         with explain_full_disk(self._path):
-            record = {"kind": "event", "event": event, "step": step, "tokens": tokens, **values}
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+            self._append({"kind": "event", "event": event, "step": step, "tokens": tokens, **values})
+
+    def _append(self, record):
+        self._file.write(_as_line(record))
+        self._file.flush()
+        self.n_lines += 1
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the evaluation of a step is there: a run that was killed at its end makes it again."""
@@ -85,29 +91,48 @@ class MetricsLog:
 
     def _keep_until(self, step):
         if not self._path.exists():
-            return
-        damaged: list[int] = []
-        kept = [
-            record
-            for record in readable_lines(self._path, damaged)
-            if record["step"] <= step and record["kind"] != "summary"
-        ]
-        if damaged:
-            print(
-                f"{self._path}: left out {len(damaged)} damaged line{'s' * (len(damaged) > 1)}, the first is line "
-                f"{damaged[0]}",
-                file=sys.stderr,
-            )
+            return 0
+        kept = [record for record in read_metrics(self._path) if record["step"] <= step and record["kind"] != "summary"]
         with atomic_write(self._path, "w") as file:
-            file.writelines(json.dumps(record) + "\n" for record in kept)
+            file.writelines(map(_as_line, kept))
+        return len(kept)
 
     def _records(self):
         return readable_lines(self._path)
 
 
+_CHECKSUM = "crc32"  # the key of a line's own
+_NUMBERS = {  # that a line of a kind holds beside step and tokens, and whoever reads it counts on
+    "train": ("ntp_loss", "step_time_s", "tokens_per_s", "peak_memory_gib"),
+    "eval": ("loss", "perplexity", "elapsed_s"),
+    "summary": ("loss", "perplexity", "tokens_per_s", "step_time_s", "peak_memory_gib", "elapsed_s"),
+}
+
+
+def _as_line(record: dict[str, Any]) -> str:
+    return json.dumps(record | {_CHECKSUM: checksums.of_value(record)}) + "\n"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; says on standard error how many are damaged and left out. Raises `CocomixError`
+    where it cannot be read."""
+    damaged: list[int] = []
+    try:
+        records = list(readable_lines(path, damaged))
+    except OSError as error:
+        raise CocomixError(f"{path} cannot be read: {error.strerror}") from None
+    if damaged:
+        count = f"{len(damaged)} damaged line{'s' * (len(damaged) > 1)}"
+        print(f"{path}: left out {count}, the first is line {damaged[0]}", file=sys.stderr)
+    return records
+
+
 def readable_lines(path: Path, damaged: list[int] | None = None) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics.jsonl, each with a kind, a step and a number of tokens. `damaged` gets the numbers of
-    those that are none; a last line without its end was cut off in mid-write, and is left out as if it were not there.
+    """The lines of a metrics.jsonl without their checksums, each with a kind, a step and a number of tokens, and with
+    the numbers that its kind promises.
+
+    `damaged` gets the numbers of those that are none; a last line without its end was cut off in mid-write, and is left
+    out as if it were not there.
     """
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
@@ -121,11 +146,14 @@ def readable_lines(path: Path, damaged: list[int] | None = None) -> Iterator[dic
 def _line(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line.decode())
+        if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+            return None
+        if _CHECKSUM in record and record.pop(_CHECKSUM) != checksums.of_value(record):
+            return None
     except (ValueError, RecursionError):
         return None
-    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
-        return None
-    return record if all(type(record.get(key)) is int and record[key] >= 0 for key in ("step", "tokens")) else None
+    counts = all(type(record.get(key)) is int and record[key] >= 0 for key in ("step", "tokens"))
+    return record if counts and all(is_number(record.get(key)) for key in _NUMBERS.get(record["kind"], ())) else None
 
 
 def _open_tensorboard(folder, from_step):

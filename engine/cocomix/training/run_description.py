@@ -39,7 +39,7 @@ def describe_run(
             vocab_size=tokens.vocab_size,
             train_tokens=tokens.split("train").n_tokens,
             val_tokens=tokens.split("val").n_tokens,
-            val_unigram_perplexity=tokens.meta["val_unigram_perplexity"],
+            val_unigram_perplexity=tokens.meta.val_unigram_perplexity,
         ),
     )
 

@@ -36,6 +36,19 @@ class RunLog:
             self._metrics = MetricsLog(run, config.train, from_step, record.as_json())
         self.bar = progress_bar(record.name, record.total_steps, from_step, ranks.is_first)
 
+    @property
+    def n_lines(self) -> int:
+        """Lines of metrics.jsonl; 0 on all ranks but the first."""
+        return 0 if self._metrics is None else self._metrics.n_lines
+
+    def require_lines(self, n_lines: int) -> None:
+        """Say on standard error where metrics.jsonl lacks some of the `n_lines` lines that it once had."""
+        if self.n_lines < n_lines and self._metrics is not None:
+            tqdm.write(
+                f"metrics.jsonl lacks {n_lines - self.n_lines} of the {n_lines} lines of before: its figures have gaps",
+                file=sys.stderr,
+            )
+
     def training(self, step: int, figures: IntervalFigures, train_step: TrainStep) -> None:
         """Write the line of an interval that ends with `step`, unless all of its steps were skipped."""
         self.elapsed_s += figures.seconds

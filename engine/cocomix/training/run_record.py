@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cocomix.core.errors import CocomixError
-from cocomix.core.files import read_json, write_json
+from cocomix.core.files import read_json, write_own_json
 from cocomix.core.methods import MIXING
 from cocomix.core.records import Count, Positive, as_record
 
@@ -93,7 +93,7 @@ class RunRecord:
 
     def write(self, run: Path) -> None:
         """Write it into the folder of a run."""
-        write_json(run / FILE_NAME, self.as_json())
+        write_own_json(run / FILE_NAME, self.as_json())
 
     @classmethod
     def read(cls, run: Path) -> "RunRecord":

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from cocomix.core.config import Config
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import atomic_folder
+from cocomix.core.manifest import write_manifest
 from cocomix.distributed.checkpoint import CheckpointWriter
 from cocomix.distributed.ranks import Ranks
 from cocomix.training.agreement import any_rank
@@ -76,3 +77,4 @@ class SavePolicy:
             config.save_pretrained(aside)
             model.generation_config.save_pretrained(aside)
             self._tokenizer.save_pretrained(aside)
+            write_manifest(aside)

@@ -114,6 +114,7 @@ class Trainer:
         self.step = 0
         self.evaluation: Evaluation | None = None  # the newest one
         self.log: RunLog | None = None  # once training starts
+        self.logged_lines = 0  # of metrics.jsonl when the checkpoint was made that training goes on from
 
     def fit(self) -> int:
         """Train to the end or to an interrupt; returns the exit code."""
@@ -121,6 +122,7 @@ class Trainer:
         config, ranks, watch, saves = self.config, self.ranks, self.watch, self.saves
         total, log_every, eval_every = config.total_steps, config.train.log_every, config.train.eval_every
         self.log = log = RunLog(self.record, config, ranks, self.step, elapsed_s)
+        log.require_lines(self.logged_lines)
         batches = training_batches(config, self.train_split, self.supervision, ranks, self.step)
         with StopRequests(ranks, log_every) as requests, log.bar as bar:
             interval, stops = Interval(ranks, self.engine.gradient_accumulation_steps()), False
@@ -159,6 +161,7 @@ class Trainer:
         if checkpoint is not None:
             state, changes = self._go_on_from(checkpoint)
             self.saves.saved_step = self.step
+            self.logged_lines = state.get("logged_lines", 0)  # runs of earlier versions did not count them
             branch = state.get("branched_from")  # runs of earlier versions have none
             self.record = dataclasses.replace(self.record, branched_from=branch and Branch(**branch))
             if self.ranks.is_first and changes:
@@ -194,6 +197,7 @@ class Trainer:
         branch = self.record.branched_from
         return {
             "elapsed_s": log.elapsed_s,
+            "logged_lines": log.n_lines,
             "identity": self.identity,
             "loss_watch": self.watch.state(),
             "branched_from": branch and dataclasses.asdict(branch),

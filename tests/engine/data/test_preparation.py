@@ -23,6 +23,8 @@ from cocomix.data.preparation import Splitter, prepare
 from cocomix.data.token_files import TokenFiles
 from cocomix.data.tokenizer import END_OF_TEXT, train_tokenizer
 
+MADE = ["meta.json", "tokenizer", "train.bin", "train.sums", "val.bin", "val.sums"]
+
 
 def split_tokens(files: TokenFiles, name: str) -> list[int]:
     return np.fromfile(files.folder / f"{name}.bin", dtype="<u2").tolist()
@@ -37,12 +39,12 @@ def test_token_files_are_the_documents_each_followed_by_end_of_text(config):
         expected[side(Piece(number, story(number), True))] += [*ids, files.eot_id]
     for name in ("train", "val"):
         assert split_tokens(files, name) == expected[name]
-        entry = files.meta["splits"][name]
-        assert entry["tokens"] == len(expected[name]) == files.split(name).n_tokens
-        assert entry["documents"] == expected[name].count(files.eot_id)
-        assert entry["sha256"] == hashlib.sha256((files.folder / f"{name}.bin").read_bytes()).hexdigest()
+        entry = files.meta.splits[name]
+        assert entry.tokens == len(expected[name]) == files.split(name).n_tokens
+        assert entry.documents == expected[name].count(files.eot_id)
+        assert entry.sha256 == hashlib.sha256((files.folder / f"{name}.bin").read_bytes()).hexdigest()
         files.split(name).verify()
-    assert sum(files.meta["splits"][name]["text_bytes"] for name in expected) == sum(
+    assert sum(files.meta.splits[name].text_bytes for name in expected) == sum(
         len(story(number).encode()) for number in range(60)
     )
 
@@ -105,7 +107,7 @@ def test_the_unigram_perplexity_is_that_of_the_training_frequencies(config):
     files = prepare(config)
     train, val = (split_tokens(files, name) for name in ("train", "val"))
     nats = [-np.log((train.count(token) + 1) / (len(train) + files.vocab_size)) for token in val]
-    assert files.meta["val_unigram_perplexity"] == pytest.approx(np.exp(np.mean(nats)))
+    assert files.meta.val_unigram_perplexity == pytest.approx(np.exp(np.mean(nats)))
 
 
 def test_a_second_run_is_told_that_the_folder_is_up_to_date(config, capsys):
@@ -190,7 +192,7 @@ def test_an_interrupted_run_starts_again_and_sweeps_up(config, monkeypatch):
         TokenFiles.open(config.folder)
     prepare(config).split("train").verify()
     running.communicate(b"\n")
-    assert sorted(os.listdir(config.folder)) == [half[running].name, "meta.json", "tokenizer", "train.bin", "val.bin"]
+    assert sorted(os.listdir(config.folder)) == [half[running].name, *MADE]
 
 
 def test_a_bad_record_in_the_middle_leaves_nothing_behind(config, tmp_path):
@@ -239,7 +241,7 @@ def test_one_document_is_split_by_tokens(config, tmp_path):
     assert len(val) == pytest.approx(0.2 * len(whole), abs=1)
     for name in ("train", "val"):
         files.split(name).verify()
-    assert sum(entry["text_bytes"] for entry in files.meta["splits"].values()) == len(story(3).encode()) * 20
+    assert sum(entry.text_bytes for entry in files.meta.splits.values()) == len(story(3).encode()) * 20
 
 
 def test_one_character_still_makes_two_files(config, tmp_path):

@@ -1,11 +1,11 @@
 """Token files as they are read: whole windows, found damaged before a wrong token is."""
 
-import json
 import os
 import pickle
 
 import numpy as np
 import pytest
+from stored_json import change_json
 
 from cocomix.core.errors import CocomixError
 from cocomix.core.mapped_file import MappedFile
@@ -15,10 +15,8 @@ from cocomix.data.token_files import TokenFiles, TokenSplit
 
 def test_meta_of_another_format_or_without_its_keys_is_refused(config):
     meta = prepare(config).folder / "meta.json"
-    content = json.loads(meta.read_text(encoding="utf-8"))
-    for change, problem in (({"format": 99}, "has format 99"), ({"eot_id": None}, "lacks eot_id")):
-        changed = {key: value for key, value in {**content, **change}.items() if value is not None}
-        meta.write_text(json.dumps(changed), encoding="utf-8")
+    for change, without, problem in (({"format": 99}, (), "has format 99"), ({"format": 1}, ("eot_id",), "`eot_id`")):
+        change_json(meta, change, without)
         with pytest.raises(CocomixError, match=problem):
             TokenFiles.open(config.folder)
 

@@ -10,6 +10,7 @@ import torch
 from run_helpers import STEPS, World, assert_close_weights, assert_equal_runs, before_steps, stop_at
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from stored_json import change_json
 
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import explain_full_disk
@@ -178,8 +179,8 @@ def test_other_text_and_other_labels_are_refused_by_name(world, half, capsys):
     file = world.folder / half / "checkpoints/step-00000008/trainer.json"
     state = json.loads(file.read_text())
     assert state["identity"]["the labels' layer"] == "1"
-    state["identity"] |= {"the text's fingerprint": "feed", "the labels' layer": "2"}
-    file.write_text(json.dumps(state))
+    other = {"the text's fingerprint": "feed", "the labels' layer": "2"}
+    change_json(file, {"identity": state["identity"] | other})
     error = refused(world, capsys, half)
     assert "the text's fingerprint was feed and is " in error and "the labels' layer was 2 and is 1" in error
 
@@ -266,7 +267,7 @@ FULL = {
         "transformers.PreTrainedTokenizerFast.save_pretrained",
         writer_fails("No space left on device (os error 28)"),
     ),
-    "trainer.json": ("cocomix.distributed.checkpoint.write_json", explained),
+    "trainer.json": ("cocomix.distributed.checkpoint.write_own_json", explained),
 }
 
 

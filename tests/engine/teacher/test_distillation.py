@@ -176,7 +176,9 @@ def test_soft_targets_come_back_bit_for_bit(tmp_path):
 def test_a_soft_target_takes_four_bytes(tmp_path):
     cache = new_cache(tmp_path)
     cache.append(0, soft_targets(2))
-    assert os.path.getsize(tmp_path / "soft-targets-000000.bin") == 2 * LENGTH * TOP * 4 + 32  # and a checksum
+    assert (
+        os.path.getsize(tmp_path / "soft-targets-000000.bin") == 2 * LENGTH * TOP * 4 + 4 + 32 + 32
+    )  # and what follows
 
 
 def test_ids_beyond_two_bytes_and_other_shapes_are_refused(tmp_path):
@@ -205,5 +207,5 @@ def test_a_cache_of_something_else_is_refused_by_name(tmp_path):
         SoftTargetCache.open(tmp_path / "old")  # of the time when there were labels alone
     del meta["top_k"]
     write_json(tmp_path / "meta.json", meta)
-    with pytest.raises(CocomixError, match="the soft-target cache .* is damaged: its meta.json lacks top_k"):
+    with pytest.raises(CocomixError, match="missing required field `top_k`; the soft-target cache is damaged"):
         SoftTargetCache.open(tmp_path)

@@ -1,6 +1,7 @@
 import contextlib
 import errno
 import json
+import math
 import mmap
 import os
 import threading
@@ -40,6 +41,11 @@ FINGERPRINTS = {
 
 def new_cache(folder, **settings):
     return LabelCache.create(folder, **{**SHAPE, "fingerprints": FINGERPRINTS, **settings})
+
+
+def trailer(n_blocks) -> int:
+    """Bytes after a shard's numbers: a checksum a block, what it was made from, a checksum of all."""
+    return 4 * math.ceil(n_blocks) + 32 + 32
 
 
 def random_labels(seed=0, high=65535):
@@ -93,7 +99,7 @@ def test_a_token_takes_two_bytes_a_label(tmp_path):
     cache = new_cache(tmp_path)
     fill(cache, random_labels())
     sizes = [path.stat().st_size for path in sorted(tmp_path.glob("labels-*.bin"))]
-    assert sizes == [windows * 6 * 3 * 2 + 32 for windows in (4, 4, 2)]
+    assert sizes == [windows * 6 * 3 * 2 + trailer(1) for windows in (4, 4, 2)]
 
 
 def test_windows_are_read_from_a_memory_map_and_are_the_readers_own(tmp_path, monkeypatch):
@@ -156,7 +162,9 @@ def test_a_truncated_shard_is_named(tmp_path, new_size):
     path = tmp_path / "labels-000001.bin"
     os.truncate(path, new_size if new_size >= 0 else path.stat().st_size - 1)
     for read in (cache.require_complete, cache.verify, lambda: LabelCache.open(tmp_path).window(5)):
-        with pytest.raises(CocomixError, match=rf"{path} has \d+ bytes.*, expected 176: run `cocomix labels` again"):
+        with pytest.raises(
+            CocomixError, match=rf"{path} has \d+ bytes.*, expected {144 + trailer(1)}: run `cocomix labels` again"
+        ):
             read()
 
 
@@ -196,7 +204,7 @@ def test_a_shard_is_written_and_verified_in_a_fraction_of_its_size(tmp_path):
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert (tmp_path / "labels-000000.bin").stat().st_size == size + 32
+    assert (tmp_path / "labels-000000.bin").stat().st_size == size + trailer(size / 2**16)
     assert peak < size / 3
     assert (cache.window(4095) == 5).all()
 
@@ -221,7 +229,7 @@ def test_a_cache_for_a_hundred_billion_tokens_is_looked_through_by_its_listing(t
     assert cache.n_shards == 24_415
     for shard in range(cache.n_shards):
         with open(tmp_path / f"labels-{shard:06d}.bin", "wb") as file:
-            os.truncate(file.fileno(), len(cache.windows_of(shard)) * 8192 + 32)
+            os.truncate(file.fileno(), len(cache.windows_of(shard)) * 8192 + trailer(len(cache.windows_of(shard)) / 8))
     for other in ("labels-0000001.bin", "labels-000001.bin.bak", "labels-024415.bin", "labels-00001.bin", "notes"):
         (tmp_path / other).touch()
     looks, stat = [], Path.stat
@@ -308,8 +316,11 @@ def test_a_missing_and_a_broken_description_are_named(tmp_path):
     new_cache(tmp_path)
     meta = read_json(tmp_path / "meta.json", "meta")
     for content, message in [
-        ({**meta, "version": 99}, "has version 99, expected 1"),
-        ({key: value for key, value in meta.items() if key != "shard_windows"}, "lacks shard_windows"),
+        ({**meta, "version": 99}, "has version 99, expected 2"),
+        (
+            {key: value for key, value in meta.items() if key != "shard_windows"},
+            "missing required field `shard_windows`",
+        ),
     ]:
         (tmp_path / "meta.json").write_text(json.dumps(content))
         with pytest.raises(CocomixError, match=message):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from kernel_helpers import set_chunk_bytes, trace
 from safetensors.torch import save_file
+from stored_json import change_json
 
 from cocomix.core.errors import CocomixError
 from cocomix.teacher.sae import SparseAutoencoder
@@ -512,14 +513,14 @@ def test_truncated_safetensors_are_reported(tmp_path, keep):
         ({"format": "other"}, "format 'other'"),
         ({"version": 2}, "version 2.*reads version 1"),
         ({"n_latents": C + 1}, "not of one SAE"),
-        ({"k": "many"}, "k is 'many'"),
-        ({"k": None}, "config.json names no k"),
+        ({"k": "many"}, "config.json: Expected `int`, got `str` - at `\\$.k`"),
+        ({"k": None}, "config.json: Expected `int`, got `null` - at `\\$.k`"),
         ({"normalize": "batch"}, "normalisation is 'batch'; known are none, layer_norm"),
     ],
 )
 def test_own_config_that_contradicts_the_tensors_is_refused(tmp_path, change, words):
     random_sae().save(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    change_json(tmp_path / "config.json", change)
+    (tmp_path / "checksums.json").unlink()
     with pytest.raises(CocomixError, match=words):
         SparseAutoencoder.load(tmp_path)

@@ -1,7 +1,6 @@
 """The methods that CoCoMix is compared with, each in the trainer against its naive version: pause tokens, concept
 prediction without mixing, knowledge distillation, and labels by activation."""
 
-import json
 import re
 
 import numpy as np
@@ -19,6 +18,7 @@ from run_helpers import (
     stage,
     stop_at,
 )
+from stored_json import change_json
 from transformers import AutoModelForCausalLM
 
 from cocomix import ConceptTeacher, SparseAutoencoder
@@ -347,7 +347,7 @@ def test_what_a_cache_cost_is_told_by_the_runs_that_read_it(world):
 def test_a_cache_that_does_not_tell_its_cost_leaves_it_open(world):
     meta = world.folder / "labels/meta.json"
     kept = meta.read_text()
-    meta.write_text(json.dumps({key: value for key, value in json.loads(kept).items() if key != "flops_per_token"}))
+    change_json(meta, {}, without=("flops_per_token",))
     try:
         assert world.train("early-cache", labels(world), f"train.tokens={8 * SEQ_LEN}") == 0
     finally:

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from cocomix.core.checksums import of_value
 from cocomix.core.config import TrainConfig
 from cocomix.core.errors import CocomixError
-from cocomix.training.metrics import MetricsLog, peak_memory_gib, progress_bar
+from cocomix.training.metrics import MetricsLog, peak_memory_gib, progress_bar, read_metrics
 
 TRAIN = {"ntp_loss": 3.0, "step_time_s": 0.5, "tokens_per_s": 256.0, "peak_memory_gib": 1.5}
 
@@ -38,10 +39,25 @@ def lines(folder):
 def test_every_line_is_one_object_with_kind_step_and_tokens(tmp_path):
     log = open_log(tmp_path / "new" / "run")
     log.write("train", 3, 384, loss=1.5, concept_loss=None)
-    assert (tmp_path / "new/run/metrics.jsonl").read_text() == (
-        '{"kind": "train", "step": 3, "tokens": 384, "loss": 1.5, "concept_loss": null}\n'
-    )  # before it is closed
+    written = (tmp_path / "new/run/metrics.jsonl").read_text()  # before it is closed
+    values = '{"kind": "train", "step": 3, "tokens": 384, "loss": 1.5, "concept_loss": null}'
+    assert written == f'{values[:-1]}, "crc32": "{of_value(json.loads(values))}"}}\n'
     log.close()
+
+
+def test_a_line_whose_checksum_does_not_hold_is_left_out_and_said(tmp_path, capsys):
+    fill(tmp_path, 6)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"step_time_s": 0.5', '"step_time_s": 0.4', 1))
+    assert [record["step"] for record in read_metrics(path) if record["kind"] == "train"] == [2, 3, 4, 5, 6]
+    assert f"{path}: left out 2 damaged lines, the first is line 1" in capsys.readouterr().err  # and the bare summary
+
+
+def test_lines_of_earlier_versions_have_no_checksum(tmp_path, capsys):
+    line = json.dumps({"kind": "train", "step": 1, "tokens": 128, **TRAIN}) + "\n"
+    (tmp_path / "metrics.jsonl").write_text(line)
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+    assert not capsys.readouterr().err
 
 
 def test_reopening_drops_what_comes_after_the_step_and_the_summary(tmp_path):

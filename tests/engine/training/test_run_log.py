@@ -1,4 +1,3 @@
-import json
 import math
 from types import SimpleNamespace
 
@@ -10,6 +9,7 @@ from cocomix.core.config import Config, TrainConfig
 from cocomix.distributed.ranks import Ranks
 from cocomix.training.divergence_watch import Event
 from cocomix.training.interval import IntervalFigures
+from cocomix.training.metrics import readable_lines
 from cocomix.training.run_log import RunLog
 from cocomix.training.run_record import RunRecord
 from cocomix.training.validation import Evaluation
@@ -38,7 +38,7 @@ def figures(*losses, skipped=False, seconds=2.0):
 
 
 def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return list(readable_lines(folder / "metrics.jsonl"))
 
 
 def test_a_training_line_holds_means_and_speed(tmp_path, open_log):

@@ -1,12 +1,12 @@
 """What version 0.1.0 left on disk is taken up: a run that was interrupted after step 4 of 8, its data, its caches."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from cocomix.cli import main
+from cocomix.training.metrics import readable_lines
 
 LEFT = Path(__file__).parents[2] / "fixtures" / "version_0_1"
 CUT, STEPS = 4, 8
@@ -23,7 +23,7 @@ def left(tmp_path, monkeypatch):
 
 def lines(run):
     """The lines of metrics.jsonl by kind and step."""
-    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    records = readable_lines(run / "metrics.jsonl")
     return {(record["kind"], record["step"]): record for record in records}
 
 
