@@ -140,9 +140,7 @@ def test_what_a_killed_start_left_half_written_is_swept(world, tmp_path):
     run, ended = tmp_path / "run", 2**22 + 1  # more than any process's number
     shutil.copytree(world.folder / "run", run)
     page = tmp_path / "page.html"
-    half = [
-        path.with_name(f".{path.name}.0123abcd.{ended}.part") for path in (page, run / "model/concept_names.json")
-    ]
+    half = [path.with_name(f".{path.name}.0123abcd.{ended}.part") for path in (page, run / "model/concept_names.json")]
     for path in half:
         path.parent.mkdir(exist_ok=True)
         path.write_text("half")
