@@ -29,6 +29,19 @@ def import_all() -> None:
         "deepspeed.runtime.zero.muon.muon_optimizer",
         "deepspeed.module_inject.auto_ep_layer",
         "transformers.models.auto.tokenization_auto",
+        "cocomix.data.preparation",
+        "cocomix.distributed.export",
+        "cocomix.inference.concepts",
+        "cocomix.inference.evaluate",
+        "cocomix.inference.generate",
+        "cocomix.report.report",
+        "cocomix.report.comparison_file",
+        "cocomix.report.measurement_page",
+        "cocomix.teacher.extraction",
+        "cocomix.teacher.sae_training",
+        "matplotlib.pyplot",
+        "matplotlib.backends.backend_agg",
+        "matplotlib.backends.backend_svg",
     ):
         importlib.import_module(name)
     gc.freeze()  # what is imported is not garbage: the ranks need not look through it
@@ -138,7 +151,7 @@ def _fork(arguments: list[str], log: Path, sync_s: float, environment: dict[str,
 
 
 def _wait_for_port(port: int) -> None:
-    """Whoever asks before the first rank is ready asks again a second later. A finished run opens no port."""
+    """Whoever asks before the first rank is ready asks again a second later."""
     deadline = time.monotonic() + 2
     while time.monotonic() < deadline:
         with socket.socket() as probe:

@@ -1,11 +1,14 @@
-"""Kills training runs and label extraction at random moments, starts them again, and checks that nothing was lost.
+"""Kills the program at random moments, starts it again, and checks that nothing was lost.
 
     python tests/helpers/kill_runs.py --kills 200 --ranks 4 --seed 0
 
-Every line that a run logs must be that of a run that nobody killed, bit for bit, and so must its weights be in the
-end; after each kill the newest complete checkpoint must be there and be the one that the next start goes on from; a
-label cache must hold true shards alone at any time. With --elastic every start has another number of ranks, and
-numbers may differ by rounding.
+Stories are told in an order that the seed draws, all of them in each round. Training runs: every line that a run logs
+must be that of a run that nobody killed, bit for bit, and so must its weights be in the end; after each kill the newest
+complete checkpoint must be there and be the one that the next start goes on from. Label caches hold true shards alone
+at any time. Token files, SAEs, exports, reports and pages of concepts are absent or whole, end like those that nobody
+killed, and nothing half-written stays. Of two that write one place at a time, one does the work. Commands that read a
+run while it trains find what is in one of its checkpoints, or say in one line that there is none yet. With --elastic
+every start of a training has another number of ranks, and its numbers may differ by rounding.
 
 This process imports everything once and forks the ranks from itself: a start takes a second instead of eight. It
 treats them as torchrun does: when one has died the others get SIGTERM and, a moment later, SIGKILL. Now and then their
@@ -13,8 +16,6 @@ disk is slow, so that files are long being written and several steps pass during
 """
 
 import argparse
-import json
-import math
 import os
 import random
 import shutil
@@ -22,298 +23,48 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
-from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 if __name__ == "__main__":  # before anything reads it: a process with threads must not fork
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 
 from forked_ranks import PATIENCE_S, Launch, import_all, in_a_child
+from kill_commands import OUT, Data, Export, Page, Sae
+from kill_pairs import Pair
+from kill_readers import KEEPS_ONE, SAVES_ALL, Readers, truths_of
+from kill_stories import GLOBAL_BATCH, SAVE_EVERY, Counts, Kill, Labels, Lost, Story, Training, require
 from run_helpers import labelled_world, last_step, stage
-from safetensors import safe_open
-from safetensors.numpy import load_file
 
-from cocomix.distributed.checkpoint import checkpoints_folder, latest_checkpoint
-from cocomix.teacher.label_cache import LabelCache
+from cocomix.core.files import write_json
+from cocomix.core.machine import commit
+from cocomix.distributed.checkpoint import latest_checkpoint
+from cocomix.teacher import sae_training
 
-STEPS, SAVE_EVERY, GLOBAL_BATCH, ROUNDS = 24, 4, 8, 2
-SETTINGS = [
-    f"train.tokens={STEPS * GLOBAL_BATCH * 16}",
-    f"train.save_every={SAVE_EVERY}",
-    "train.eval_every=12",
-    "train.eval_windows=8",
-    "concept_labels.shard_windows=8",
-]
-LOGGED = ("loss", "ntp_loss", "concept_loss", "lr", "grad_norm", "perplexity")
-MOST_KILLS = 8  # of one run, so that all kinds of runs have their turn
-SAVED_EXIT = 75
-ROUNDING = 1e-5  # relative, of losses on other numbers of ranks
+ROUNDS = 2
+MOST_KILLS = 8  # of one story at a time, so that all have their turn
+STATE_SECONDS = 0.05  # between two saves of an SAE's training
 
-
-class Lost(Exception):
-    """A kill has cost what it must not cost."""
-
-
-def require(holds: bool, what: str) -> None:
-    """Raise `Lost` unless `holds`."""
-    if not holds:
-        raise Lost(what)
-
-
-@dataclass
-class Kill:
-    """When and how to kill: `moment` and `amount` say when (see the stories), `delay_s` how long after that."""
-
-    moment: str
-    amount: float
-    delay_s: float
-    signal: int
-    victim: float | None  # which rank, as a share of them; None: all
-    grace_s: float
-    sync_s: float  # how slow the disk is meanwhile
-
-
-@dataclass
-class Counts:
-    """What has happened so far."""
-
-    moments: Counter = field(default_factory=Counter)
-    signals: Counter = field(default_factory=Counter)
-    starts: Counter = field(default_factory=Counter)
-    finished: Counter = field(default_factory=Counter)
-    repeated: list[int] = field(default_factory=list)
-
-
-class Story:
-    """One run that is killed and started again until it is done; `folder` is what it writes."""
-
-    name = ""
-
-    def __init__(self, folder: Path, counts: Counts):
-        self.folder, self.counts, self.log = folder, counts, folder.with_suffix(".log")
-
-    def arguments(self) -> list[str]:
-        """The command line."""
-        raise NotImplementedError
-
-    def reached(self, kill: Kill, since: float) -> bool:
-        """Whether the moment of the kill has come, `since` being when the ranks were started."""
-        raise NotImplementedError
-
-    def after_kill(self, launch: Launch, kill: Kill) -> str:
-        """Check what there is, and return the moment at which the kill came."""
-        raise NotImplementedError
-
-    def when_done(self) -> None:
-        """Check the finished run."""
-        raise NotImplementedError
-
-    def attempt(self, n_ranks: int, kill: Kill | None) -> bool:
-        """Start it once more, kill it if told to; whether it is done."""
-        self.counts.starts[self.name] += 1
-        since = time.monotonic()
-        launch = Launch(self.arguments(), n_ranks, self.log, kill.sync_s if kill else 0)
-        launch.wait(PATIENCE_S, lambda: launch.failed() or (kill is not None and self.reached(kill, since)))
-        if kill is not None and not launch.failed():
-            time.sleep(kill.delay_s)
-            if living := launch.living():
-                victims = living if kill.victim is None else [living[int(kill.victim * len(living))]]
-                self._strike(launch, kill, victims)
-                return False
-        failed, living = launch.failed(), launch.living()
-        launch.end(0)
-        require(not failed, f"{self.folder} ended with {launch.codes}; see {self.log}")
-        require(not living, f"{self.folder} does not end; see {self.log}")
-        self.when_done()
-        self.counts.finished[self.name] += 1
-        return True
-
-    def _strike(self, launch: Launch, kill: Kill, victims: list[int]) -> None:
-        launch.send(kill.signal, victims)
-        if kill.signal == signal.SIGTERM:  # then all should save and leave
-            launch.wait(PATIENCE_S, lambda: any(code != SAVED_EXIT for code in launch.codes.values()))
-        elif kill.victim is not None:
-            time.sleep(kill.grace_s)  # until the launcher notices
-        launch.end(kill.grace_s)
-        self.counts.moments[self.after_kill(launch, kill)] += 1
-        whom = "all ranks" if kill.victim is None else "one rank"
-        self.counts.signals[f"{signal.Signals(kill.signal).name} to {whom}"] += 1
-
-
-class Training(Story):
-    """A training run, compared with one that nobody killed."""
-
-    name = "training runs"
-
-    def __init__(self, config: Path, folder: Path, variant: list[str], reference: Path, counts: Counts, exact: bool):
-        super().__init__(folder, counts)
-        self._config, self._variant, self._exact = config, variant, exact
-        self._expected, self._reference = records_of(reference), reference
-        self._newest, self._lines, self._files, self._old_log = 0, {}, set(), None
-
-    def arguments(self):
-        return ["train", str(self._config), f"train.run={self.folder}", *SETTINGS, *self._variant, "--resume"]
-
-    def reached(self, kill, since):
-        if kill.moment == "start-up":
-            return time.monotonic() - since >= kill.amount
-        if kill.moment == "saving":  # so many files and folders have come
-            return len(tree(checkpoints_folder(self.folder)) - self._files) >= kill.amount
-        if kill.moment == "end" and kill.amount:  # the model is there, and no more
-            return (self.folder / "model").exists()
-        wanted = STEPS if kill.moment == "end" else self._newest + kill.amount
-        return self._log_file() != self._old_log and last_step(self.folder) >= wanted
-
-    def _log_file(self) -> int | None:
-        """Which file metrics.jsonl is; a start that goes on makes a new one, without the lines that it repeats."""
-        with suppress(FileNotFoundError):
-            return (self.folder / "metrics.jsonl").stat().st_ino
-
-    def after_kill(self, launch, kill):
-        lines = records_of(self.folder)
-        self._check_lines(lines)
-        last = max((step for _, step in lines), default=0)
-        checkpoint = latest_checkpoint(self.folder)
-        newest = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
-        if checkpoint is not None:
-            require_whole(checkpoint)
-        require(newest >= self._newest, f"{self.folder}: the newest checkpoint was step {self._newest}, is {newest}")
-        # A save that is being written holds up the next one, so the one before it is complete.
-        require(
-            last - newest <= 2 * SAVE_EVERY,
-            f"{self.folder}: step {last} was logged, and {newest} is the newest complete checkpoint",
-        )
-        moment = self._moment(last, newest)
-        if kill.signal == signal.SIGTERM and set(launch.codes.values()) == {SAVED_EXIT}:
-            require(newest == last, f"{self.folder}: SIGTERM came at step {last} but step {newest} was saved")
-        self.counts.repeated.append(last - newest)
-        self._newest, self._lines, self._old_log = newest, lines, self._log_file()
-        self._files = tree(checkpoints_folder(self.folder))
-        return moment
-
-    def _moment(self, last, newest):
-        checkpoints = checkpoints_folder(self.folder)
-        begun = any(path.name > f"step-{newest:08d}" for path in checkpoints.glob("step-*"))
-        if begun and tree(checkpoints) != self._files:
-            return "saving"
-        if self._log_file() == self._old_log:
-            return "start-up"
-        return "end" if last == STEPS else "training"
-
-    def _check_lines(self, lines):
-        """Each is the reference's; those up to the checkpoint that it resumed from are still the same ones."""
-        for key, line in lines.items():
-            expected = self._expected.get(key, {})
-            require(self._equal(line, expected), f"{self.folder}: {line} is not {expected}")
-        steps = [step for kind, step in lines if kind == "train"]
-        require(steps == list(range(1, len(steps) + 1)), f"{self.folder}: logged steps {steps}")
-        for key, line in self._lines.items():
-            if key[1] <= self._newest:
-                require(
-                    lines.get(key) == line,
-                    f"{self.folder}: step {key[1]} came before the newest checkpoint, "
-                    f"{self._newest}, and was repeated all the same, or its line is lost",
-                )
-
-    def _equal(self, line, expected):
-        values = [(line.get(key), expected.get(key)) for key in LOGGED]
-        if self._exact:
-            return all(value == wanted for value, wanted in values)
-        return all(value == wanted or math.isclose(value, wanted, rel_tol=ROUNDING) for value, wanted in values)
-
-    def when_done(self):
-        lines = records_of(self.folder)
-        self._check_lines(lines)
-        require(lines.keys() == self._expected.keys(), f"{self.folder}: metrics.jsonl has {sorted(lines)}")
-        weights, expected = (load_file(run / "model" / "model.safetensors") for run in (self.folder, self._reference))
-        require(weights.keys() == expected.keys(), f"{self.folder}: the model's weights have other names")
-        for name, tensor in weights.items():
-            same = (
-                tensor.tobytes() == expected[name].tobytes()
-                if self._exact
-                else (abs(tensor - expected[name]).max() < 1e-4)
-            )
-            require(same, f"{self.folder}: {name} differs from the reference's")
-
-
-class Labels(Story):
-    """A label cache, compared with one that nobody killed."""
-
-    name = "label caches"
-
-    def __init__(self, config: Path, folder: Path, reference: Path, counts: Counts):
-        super().__init__(folder, counts)
-        self._config, self._expected, self._files = config, contents(reference), set()
-
-    def arguments(self):
-        return ["labels", str(self._config), f"concept_labels.cache={self.folder}", *SETTINGS]
-
-    def reached(self, kill, since):
-        if kill.moment == "start-up":
-            return time.monotonic() - since >= kill.amount
-        return len(tree(self.folder) - self._files) >= kill.amount
-
-    def after_kill(self, launch, kill):
-        found = contents(self.folder)
-        for name, content in found.items():
-            require(content == self._expected[name], f"{self.folder}: {name} is not the reference's")
-        if "meta.json" in found:
-            missing = LabelCache.open(self.folder).n_missing()
-            require(missing == len(self._expected) - len(found), f"{self.folder} lacks shards, but not {missing}")
-        self._files = tree(self.folder)
-        return "labels"
-
-    def when_done(self):
-        require(contents(self.folder) == self._expected, f"{self.folder} differs from the reference")
-        LabelCache.open(self.folder).verify()
-
-
-def tree(folder: Path) -> set[str]:
-    """All files and folders below one, which may be changing."""
-    return {os.path.join(at, name) for at, folders, files in os.walk(folder) for name in (*folders, *files)}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Names and bytes of the files of a cache, but for what was left half-written."""
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("[!.]*"))}
-
-
-def records_of(run: Path) -> dict[tuple[str, int], dict]:
-    """The lines of metrics.jsonl by kind and step; a last line that was cut off is left out."""
-    lines = {}
-    with suppress(FileNotFoundError):
-        for text in (run / "metrics.jsonl").read_text().splitlines():
-            with suppress(ValueError):
-                line = json.loads(text)
-                key = line["kind"], line["step"]
-                require(key not in lines, f"{run}: {key} is logged twice")
-                lines[key] = line
-    return lines
-
-
-def require_whole(checkpoint: Path) -> None:
-    """Raise `Lost` unless every rank's file is there and can be opened, all of one save."""
-    files = sorted((checkpoint / "state").glob("*.safetensors"))
-    saves = set()
-    for file in files:
-        try:
-            with safe_open(file, "np") as opened:
-                saves.add(opened.metadata()["save_id"])
-        except Exception as error:
-            raise Lost(f"{file} cannot be opened: {error}") from error
-    expected = int(files[0].stem.split("-")[-1]) if files else -1
-    require(len(files) == expected, f"{checkpoint} has the files of {len(files)} ranks of {expected}")
-    require(len(saves) == 1, f"{checkpoint} has files of {len(saves)} saves")
-
-
-VARIANTS = {  # name: overrides; WORLD is the world's folder
-    "ZeRO 0": [*stage(0), "concept_labels.cache=WORLD/labels"],
-    "ZeRO 1, bf16": [*stage(1), "train.precision=bf16", "concept_labels.cache=WORLD/labels"],
-    "ZeRO 2, online labels": stage(2),
-    "ZeRO 3": [*stage(3), "concept_labels.cache=WORLD/labels"],
+VARIANTS = {  # of training: overrides; WORLD is the world's folder
+    "train, ZeRO 0": [*stage(0), "concept_labels.cache=WORLD/labels"],
+    "train, ZeRO 1, bf16": [*stage(1), "train.precision=bf16", "concept_labels.cache=WORLD/labels"],
+    "train, ZeRO 2, online labels": stage(2),
+    "train, ZeRO 3": [*stage(3), "concept_labels.cache=WORLD/labels"],
 }
+FIRST = next(iter(VARIANTS))
+PAIRS = {"two train": FIRST, "two labels": "labels", "two data": "data", "two sae": "sae"}
+READ = "readers of a living run"
+COMMANDS = {  # in one process: what tells their stories, and the command line
+    "data": (Data, ["data", "CONFIG", "data.folder={out}"]),
+    "sae": (Sae, ["sae", "CONFIG", "teacher.sae={out}", "sae.tokens=16384"]),
+    "export": (Export, ["export", "CHECKPOINT", "{out}"]),
+    "report": (Page, ["report", "RUN", "--out", "{out}"]),
+    "concepts": (
+        Page,
+        ["concepts", "RUN", "--text", "the lazy dog sleeps", "--corpus-tokens", "320", "--out", "{out}"],
+    ),
+}
+OLDER = {"report": ["report", "RUN", "RUN2", "--out", "{out}"], "concepts": ["concepts", "RUN2", "--concept", "7"]}
+STORIES = [*VARIANTS, "labels", *COMMANDS, *PAIRS, READ]
 
 
 class Harness:
@@ -325,57 +76,118 @@ class Harness:
         self._config = folder / "world" / "config.yaml"
         in_a_child(lambda: labelled_world(folder / "world"))
         self._start_s = 0.0  # from a start to the first step
-        micro_batch = f"train.micro_batch={max(1, GLOBAL_BATCH // n_ranks // ROUNDS)}"
-        self._variants = {
-            name: [micro_batch, *(text.replace("WORLD", str(folder / "world")) for text in overrides)]
-            for name, overrides in VARIANTS.items()
-        }
-        self._references = {}
+        self._seconds: dict[str, float] = {}  # of a story that nobody kills
+        self._micro_batch = f"train.micro_batch={max(1, GLOBAL_BATCH // n_ranks // ROUNDS)}"
+        self._references: dict[str, Path] = {}
+        self._truths: dict[str, set[str]] = {}
 
     def _reference(self, name: str) -> Path:
-        """What the story of a variant, or of "labels", must end like."""
+        """What the story of this name must end like."""
+        name = PAIRS.get(name, name)
         if name not in self._references:
             folder = self._folder / f"reference-{len(self._references)}"
-            story = self._story(name, folder, folder)
-            since, launch = time.monotonic(), Launch(story.arguments(), self._n_ranks, story.log)
-            launch.wait(PATIENCE_S, lambda: launch.failed() or last_step(folder) > 0)
-            self._start_s = max(self._start_s, time.monotonic() - since)
-            launch.wait(PATIENCE_S, launch.failed)
-            failed = launch.failed() or launch.living()
-            launch.end(0)
-            require(not failed, f"the reference {name} fails; see {story.log}")
-            self._references[name] = folder
+            self._references[name] = folder  # where its story looks for what to expect
+            if name in COMMANDS:
+                folder.mkdir()
+            self._tell_undisturbed(self._single(name, name, folder, folder, SAVES_ALL), folder, name)
+            if name == READ:
+                self._truths = truths_of(folder, self._folder / "truths")
         return self._references[name]
 
-    def _story(self, name: str, folder: Path, reference: Path) -> Story:
-        if name == "labels":
-            return Labels(self._config, folder, reference, self.counts)
-        return Training(self._config, folder, self._variants[name], reference, self.counts, not self._elastic)
+    def _tell_undisturbed(self, story: Story, folder: Path, name: str) -> None:
+        since, launch = time.monotonic(), Launch(story.arguments(), self._ranks(name), story.log)
+        if name not in COMMANDS:
+            launch.wait(PATIENCE_S, lambda: launch.failed() or last_step(folder) > 0)
+            self._start_s = max(self._start_s, time.monotonic() - since)
+        launch.wait(PATIENCE_S, launch.failed)
+        story.require_end(launch)
+        self._seconds[name] = time.monotonic() - since
 
-    def tell(self, name: str, most_kills: int) -> int:
-        """Start one story, kill it at most so often, and see it through; the number of kills."""
+    def _story(self, name: str, folder: Path) -> Story:
+        reference = self._reference(name)
+        story = self._single(name, PAIRS.get(name, name), folder, reference, KEEPS_ONE)
+        if name in PAIRS:
+            longest = self._draw.choice([0, 0.05, self._seconds[PAIRS[name]]])
+            return Pair(name, story, name == "two labels", lambda: self._draw.uniform(0, longest))
+        if isinstance(story, Training) and name == READ:
+            return Readers(name, story, self._truths, self._draw)
+        return story
+
+    def _single(self, name: str, kind: str, folder: Path, reference: Path, saves: list[str]) -> Story:
+        """A story of one command at a time."""
+        if kind == "labels":
+            return Labels(self._config, folder, reference, self.counts)
+        if kind in COMMANDS:
+            make, command = COMMANDS[kind]
+            older = [self._older(kind)] if make is Page else []
+            return make(name, folder, self._filled_in(command), reference, self.counts, *older)
+        variant = VARIANTS[FIRST if kind == READ else kind]
+        settings = [self._micro_batch, *self._filled_in(variant), *(saves if kind == READ else [])]
+        exact = not self._elastic or kind == READ
+        return Training(name, self._config, folder, settings, reference, self.counts, exact)
+
+    def _filled_in(self, arguments: list[str]) -> list[str]:
+        """Arguments with the paths of the world and of finished runs."""
+
+        def filled_in(text: str) -> str:
+            if text == "CONFIG":
+                return str(self._config)
+            if text in ("RUN", "RUN2"):
+                return str(self._reference(list(VARIANTS)[text == "RUN2"]))
+            if text == "CHECKPOINT":
+                return str(latest_checkpoint(self._reference(FIRST)))
+            return text.replace("WORLD", str(self._folder / "world"))
+
+        return [filled_in(text) for text in arguments]
+
+    def _older(self, name: str) -> Path | None:
+        """A folder with what an earlier start of a command has left, or None."""
+        if self._draw.random() < 0.5:
+            return None
+        folder = self._folder / f"older-{name}"
+        if not folder.exists():
+            folder.mkdir()
+            more = [] if "{out}" in OLDER[name] else ["--corpus-tokens", "64", "--out", "{out}"]
+            arguments = [text.replace("{out}", str(folder / OUT)) for text in self._filled_in([*OLDER[name], *more])]
+            launch = Launch(arguments, 1, folder.with_suffix(".log"))
+            launch.wait(PATIENCE_S)
+            require(launch.codes == {0: 0}, f"{arguments} fails; see {folder}.log")
+        return folder
+
+    def tell(self, name: str, most_kills: int) -> None:
+        """Start one story, kill it at most so often, and see it through."""
         self._told += 1
-        story = self._story(name, self._folder / f"story-{self._told:03d}", self._reference(name))
-        kills = 0
-        while not story.attempt(self._some_ranks(name), self._kill(name) if kills < most_kills else None):
-            kills += 1
+        story = self._story(name, self._folder / f"story-{self._told:03d}")
+        count, since = self.counts.of_story[name], time.monotonic()
+        before = count["kills"]
+        story.prepare()
+        while not story.attempt(self._ranks(name), self._kill(name) if count["kills"] - before < most_kills else None):
+            pass
+        count["finished"] += 1
+        self.counts.seconds[name] += time.monotonic() - since
         shutil.rmtree(story.folder)
         story.log.unlink()
-        return kills
 
-    def _some_ranks(self, name: str) -> int:
-        if name == "labels":  # it gives the same bytes on any number
+    def _ranks(self, name: str) -> int:
+        kind = PAIRS.get(name, name)
+        if kind in COMMANDS:
+            return 1
+        if kind == "labels":  # it gives the same bytes on any number
             return self._draw.randint(1, self._n_ranks)
         divisors = [n for n in range(1, self._n_ranks + 1) if GLOBAL_BATCH % n == 0]
-        return self._draw.choice(divisors) if self._elastic else self._n_ranks
+        return self._draw.choice(divisors) if self._elastic and name != READ else self._n_ranks
 
     def _kill(self, name: str) -> Kill:
-        draw = self._draw
-        if name == "labels":
+        draw, kind = self._draw, PAIRS.get(name, name)
+        if kind in COMMANDS:
+            moment = draw.choice(["time", "files", "files"])
+        elif kind == "labels":
             moment = draw.choice(["start-up", "labels", "labels", "labels"])
         else:
             [moment] = draw.choices(["start-up", "training", "saving", "end"], [3, 4, 6, 1])
         amount = {
+            "time": draw.uniform(0, self._seconds[kind]),
+            "files": draw.randint(1, 6),
             "start-up": draw.uniform(0, self._start_s),
             "training": draw.randint(1, 3 * SAVE_EVERY),
             "saving": draw.randint(1, 40),
@@ -387,7 +199,7 @@ class Harness:
             amount,
             delay_s=draw.choice([0, draw.uniform(0, 0.003), draw.uniform(0, 0.1)]),
             signal=draw.choices([signal.SIGKILL, signal.SIGTERM], [4, 1])[0],
-            victim=draw.choice([None, draw.random()]),
+            victim=None if kind in COMMANDS else draw.choice([None, draw.random()]),
             grace_s=draw.choice([0, 0.2, 1.0]),
             sync_s=draw.choice([0, 0.01, 0.05]),
         )
@@ -400,19 +212,58 @@ def report(counts: Counts, options, seconds: float) -> str:
         return ", ".join(f"{name} {count}" for name, count in sorted(counter.items()))
 
     repeated = counts.repeated or [0]
+    rows = [
+        f"  {name}: {count['kills']} kills, {count['starts']} starts, {count['finished']} finished like those that "
+        f"nobody killed, {counts.seconds[name]:.0f} s, {counts.seconds[name] / max(count['kills'], 1):.2f} s a kill"
+        for name, count in sorted(counts.of_story.items())
+    ]
     return "\n".join(
         [
-            f"{sum(counts.moments.values())} kills on {'up to ' if options.elastic else ''}{options.ranks} ranks "
+            f"{counts.kills} kills on {'up to ' if options.elastic else ''}{options.ranks} ranks "
             f"(seed {options.seed}) in {seconds:.0f} s, nothing lost",
+            *rows,
             f"  moments: {listed(counts.moments)}",
             f"  signals: {listed(counts.signals)}",
-            f"  starts: {listed(counts.starts)}",
-            f"  finished like those that nobody killed: {listed(counts.finished)}",
+            f"  beside one another: {listed(counts.outcomes)}",
             f"  steps repeated after a kill: mean {sum(repeated) / len(repeated):.1f}, max {max(repeated)} "
             f"(a checkpoint every {SAVE_EVERY}; {sum(n > SAVE_EVERY for n in repeated)} times more, for a save that "
             "was being written)",
         ]
     )
+
+
+def figures(counts: Counts, options, seconds: float, lost: str | None) -> dict:
+    """The figures, as JSON values."""
+    return {
+        "kind": "kills",
+        "commit": commit(),
+        "kills": counts.kills,
+        "ranks": options.ranks,
+        "elastic": options.elastic,
+        "seed": options.seed,
+        "seconds": round(seconds, 1),
+        "lost": lost,
+        "stories": {
+            name: {**count, "seconds": round(counts.seconds[name], 1)}
+            for name, count in sorted(counts.of_story.items())
+        },
+        "moments": dict(sorted(counts.moments.items())),
+        "signals": dict(sorted(counts.signals.items())),
+        "beside_one_another": dict(sorted(counts.outcomes.items())),
+        "repeated_steps": counts.repeated,
+    }
+
+
+def tell_all(harness: Harness, names: list[str], kills: int, draw: random.Random) -> None:
+    """Tell the stories in rounds of another order each, once at least and until there were so many kills."""
+    most_kills = min(max(kills // len(names), 1), MOST_KILLS)
+    began, counts, first = time.monotonic(), harness.counts, True
+    while first or counts.kills < kills:
+        for name in draw.sample(names, len(names)):
+            if first or counts.kills < kills:
+                harness.tell(name, min(max(kills - counts.kills, 0), most_kills))
+                print(f"{counts.kills} kills, {time.monotonic() - began:.0f} s: {name}", file=sys.stderr, flush=True)
+        first = False
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -422,23 +273,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--elastic", action="store_true", help="another number of ranks at every start")
+    parser.add_argument("--only", action="append", choices=STORIES, metavar="STORY", help=", ".join(STORIES))
     parser.add_argument("--folder", type=Path, help="a new folder that is kept (default: a temporary one)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file too")
     options = parser.parse_args(arguments)
     import_all()
-    folder, began, kills = options.folder or Path(tempfile.mkdtemp(prefix="kill_runs-")), time.monotonic(), 0
+    sae_training.STATE_SECONDS = STATE_SECONDS
+    folder, began, lost = options.folder or Path(tempfile.mkdtemp(prefix="kill_runs-")), time.monotonic(), None
     harness = Harness(folder.absolute(), options.ranks, options.seed, options.elastic)
-    first, second, *others = VARIANTS
-    names = [first, second, "labels", *others, "labels"]
-    most_kills = min(max(options.kills // len(names), 1), MOST_KILLS)
     try:
-        while kills < options.kills:
-            kills += harness.tell(names[0], min(options.kills - kills, most_kills))
-            names.append(names.pop(0))
-            print(f"{kills} kills, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    except Lost as lost:
-        print(f"LOST after {sum(harness.counts.moments.values())} kills: {lost}", file=sys.stderr)
+        tell_all(harness, options.only or STORIES, options.kills, random.Random(options.seed))
+    except Lost as error:
+        lost = str(error)
+    seconds = time.monotonic() - began
+    if options.json is not None:
+        write_json(options.json, figures(harness.counts, options, seconds, lost))
+    if lost is not None:
+        print(f"LOST after {harness.counts.kills} kills: {lost}", file=sys.stderr)
         return 1
-    print(report(harness.counts, options, time.monotonic() - began))
+    print(report(harness.counts, options, seconds))
     if options.folder is None:
         shutil.rmtree(folder)
     return 0

@@ -1,6 +1,7 @@
 """Pieces of text -> token ids, on all cores."""
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import threading
@@ -64,7 +65,16 @@ def _workers(tokenizer, processes: int) -> Executor:
 def _start_process(serialized: str, threads: int) -> None:
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # the tokenizer's
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one ends the others
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _start_worker(serialized)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it has ended: killed, it ends nobody, and a worker waits for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _start_worker(serialized: str) -> None:

@@ -52,8 +52,14 @@ def latest_checkpoint(run) -> Path | None:
 
 
 def complete_checkpoints(run) -> list[Path]:
-    """The complete checkpoints of a run, newest first. Raises `CocomixError` where there is no telling."""
-    return [folder for folder in begun_checkpoints(run) if _is_complete(folder)]
+    """The complete checkpoints of a run, newest first, also while it trains, saves and thins them out. Raises
+    `CocomixError` where there is no telling."""
+    while True:
+        begun = begun_checkpoints(run)
+        # Oldest first, since one is deleted when a newer one is complete: which is then among those looked at later.
+        complete = [folder for folder in reversed(begun) if _is_complete(folder)]
+        if complete or begun_checkpoints(run)[:1] == begun[:1]:
+            return complete[::-1]
 
 
 def begun_checkpoints(run) -> list[Path]:
@@ -74,10 +80,17 @@ def begun_checkpoints(run) -> list[Path]:
 def _is_complete(folder: Path) -> bool:
     if not (folder / "trainer.json").exists():
         return False
-    world = _trainer_json(folder).get("world_size")
+    try:
+        world = _trainer_json(folder).get("world_size")
+        files = set(os.listdir(folder / "state"))
+    except FileNotFoundError:  # of the state: not begun, or deleted meanwhile
+        return False
+    except CocomixError:
+        if (folder / "trainer.json").exists():
+            raise
+        return False  # deleted meanwhile
     if not isinstance(world, int):  # of another version, which whoever reads it says
         return True
-    files = {file.name for file in (folder / "state").glob("*.safetensors")}
     return files.issuperset(state_file_name(rank, world) for rank in range(world))
 
 

@@ -4,29 +4,38 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import atomic_folder, read_json, require_space, sweep_leftovers
 from cocomix.core.manifest import FILE as MANIFEST
 from cocomix.core.manifest import require_sound, write_manifest
 from cocomix.core.model_names import first_line
-from cocomix.distributed.checkpoint import latest_checkpoint, read_trainer_state
+from cocomix.distributed.checkpoint import checkpoints_folder, latest_checkpoint, read_trainer_state
 from cocomix.distributed.training_state import read_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+T = TypeVar("T")
+
 _INDEX = "model.safetensors.index.json"
+_TRIES = 50  # of checkpoints that their run deletes while they are read
 
 
 def find_model(path) -> Path:
     """The folder that `path` means: itself (a transformers folder or a checkpoint), the finished model of a run, or
-    its latest checkpoint. Raises `CocomixError` where there is no model."""
+    its latest checkpoint. Raises `CocomixError` where there is no model.
+
+    A run that trains deletes its older checkpoints: what reads one goes through `read_model`.
+    """
     path = Path(path)
     if is_checkpoint(path):
         return path
+    if _is_place_of_checkpoint(path):  # whose model/ holds no weights
+        raise _not_there(path)
     for candidate in (path, path / "model"):
         if (candidate / "config.json").is_file():
             return candidate
@@ -37,6 +46,39 @@ def find_model(path) -> Path:
             "run that has saved"
         )
     return latest
+
+
+def read_model(path, read: Callable[[Path], T]) -> T:
+    """`read(folder)` of the folder that `path` means, see `find_model`. Where that is the latest checkpoint of a run
+    which deletes it meanwhile, `read` is called again with the one that is the latest then.
+
+    Raises `CocomixError` where there is no model, where `path` itself is a checkpoint that is deleted, and where the
+    run deletes one after the other; and what `read` raises of a folder that is still there.
+    """
+    for _ in range(_TRIES):
+        folder = find_model(path)
+        try:
+            return read(folder)
+        except Exception:  # whatever a file that has gone makes libraries raise
+            if is_checkpoint(folder) or (folder / "config.json").is_file():
+                raise
+    raise CocomixError(
+        f"{path} deletes its checkpoints faster than they can be read: try again when it has finished, or train with a "
+        "larger train.keep_checkpoints or train.save_every"
+    )
+
+
+def _is_place_of_checkpoint(folder: Path) -> bool:
+    """Whether a run would have a checkpoint at this place."""
+    folder = folder.absolute()
+    return folder.name.startswith("step-") and folder.parent == checkpoints_folder(folder.parents[1])
+
+
+def _not_there(checkpoint: Path) -> CocomixError:
+    return CocomixError(
+        f"{checkpoint} holds no checkpoint: its run has deleted it, keeping newer ones alone (train.keep_checkpoints), "
+        f"or did not save it; name the run, {checkpoint.parents[1]}, for its latest one"
+    )
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -65,11 +107,14 @@ def load_model(path) -> "PreTrainedModel":
 
     Raises `CocomixError` where there is none, and where its files are damaged or incomplete.
     """
+    return read_model(path, _load)
+
+
+def _load(folder: Path) -> "PreTrainedModel":
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from cocomix.model.pretrained import load_language_model
 
-    folder = find_model(path)
     if not is_checkpoint(folder):
         return load_language_model(folder)
     weights = _weights_of_checkpoint(folder)
@@ -90,9 +135,9 @@ def export(source, out, dtype: str = "fp32") -> Path:
     out = Path(out)
     if out.exists() or out.is_symlink():
         raise CocomixError(f"{out} exists already: name a folder that does not")
-    folder = find_model(source)
+    find_model(source)
     sweep_leftovers(out.parent, out.name)
-    (export_checkpoint if is_checkpoint(folder) else _copy)(folder, out, dtype)
+    read_model(source, lambda folder: (export_checkpoint if is_checkpoint(folder) else _copy)(folder, out, dtype))
     return out
 
 
@@ -102,6 +147,7 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: str = "fp32") -> None:
     require_space(out, sum(tensor.nbytes for tensor in weights.values()) // (2 if dtype == "bf16" else 1))
     with atomic_folder(out) as aside:
         _copy_description(checkpoint / "model", aside, dtype, but=())
+        read_trainer_state(checkpoint)  # deleted first: all has been read while it was there
         _save(weights, aside / "model.safetensors", dtype, {"format": "pt"}, where=checkpoint)
         write_manifest(aside)
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cocomix.core.errors import CocomixError
-from cocomix.core.files import read_json, write_json
+from cocomix.core.files import read_json, sweep_leftovers, write_json
 from cocomix.core.locks import only_writer
 
 FILE = "concept_names.json"
@@ -29,6 +29,7 @@ def add_names(folder, assignments: Sequence[str], n_concepts: int) -> dict[int, 
     Raises `CocomixError` for an assignment that is none, an id out of range, and a name that another concept has.
     """
     with only_writer(Path(folder) / FILE, "cocomix concepts --name", wait_s=_PATIENCE_S):
+        sweep_leftovers(folder, FILE)
         names = _changed(read_names(folder), assignments, n_concepts)
         write_json(Path(folder) / FILE, {str(concept): name for concept, name in names.items()})
     return names

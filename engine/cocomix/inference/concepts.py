@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cocomix.core.errors import CocomixError
-from cocomix.core.files import atomic_write
+from cocomix.core.files import atomic_write, sweep_leftovers
 from cocomix.distributed.ranks import own_device
 from cocomix.inference.concept_cards import chosen_concepts, make_card
 from cocomix.inference.concept_names import add_names, called, find_concept, read_names
@@ -101,6 +101,7 @@ def _corpus(path, request, usable):
 def _write_page(path, out, usable, reading, cards, surveyed, names):
     norms = compress_norms(usable.model).cpu().numpy()
     content = page(str(path), usable.tokenizer, reading, cards, surveyed, names, norms)
+    sweep_leftovers(Path(out).parent, Path(out).name)
     with atomic_write(out) as file:
         file.write(content.encode("utf-8", errors="replace"))
     print(f"page: {out}")

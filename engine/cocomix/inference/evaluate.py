@@ -6,7 +6,7 @@ from typing import Any, cast
 from cocomix.core.errors import CocomixError
 from cocomix.data.token_files import TokenFiles
 from cocomix.data.tokenizer import load_tokenizer
-from cocomix.distributed.export import description_folder, find_model, load_model
+from cocomix.distributed.export import description_folder, find_model, load_model, read_model
 from cocomix.distributed.ranks import own_device
 from cocomix.inference.loading import run_settings
 from cocomix.teacher.language_model import require_vocabulary
@@ -22,10 +22,9 @@ def evaluate_checkpoint(checkpoint, data=None, seq_len: int | None = None, batch
     if batch < 1 or windows < 0:
         raise CocomixError(f"--batch is {batch} and --windows {windows}: expected at least 1 and at least 0 (all)")
     device = own_device()
-    folder = find_model(checkpoint)
+    find_model(checkpoint)
     tokens = TokenFiles.open(data or _data_of_run(checkpoint))
-    _require_tokenizer(description_folder(folder), tokens)
-    model = cast(Any, load_model(folder)).to(device)
+    model = cast(Any, read_model(checkpoint, lambda folder: _load(folder, tokens))).to(device)
     require_vocabulary(model, tokens)
     context = int(model.config.max_position_embeddings)
     seq_len = context if seq_len is None else seq_len
@@ -38,6 +37,11 @@ def evaluate_checkpoint(checkpoint, data=None, seq_len: int | None = None, batch
         f"({count:,} predictions in windows of {seq_len} tokens)"
     )
     return perplexity(loss)
+
+
+def _load(folder: Path, tokens):
+    _require_tokenizer(description_folder(folder), tokens)
+    return load_model(folder)
 
 
 def _require_tokenizer(folder: Path, tokens) -> None:

@@ -9,7 +9,7 @@ from cocomix.core.errors import CocomixError
 from cocomix.core.files import read_json
 from cocomix.core.methods import predicts_concepts
 from cocomix.data.tokenizer import load_tokenizer
-from cocomix.distributed.export import description_folder, find_model, is_checkpoint, is_run, load_model, run_of
+from cocomix.distributed.export import description_folder, is_checkpoint, is_run, load_model, read_model, run_of
 from cocomix.inference.concept_names import FILE
 
 if TYPE_CHECKING:
@@ -36,7 +36,11 @@ def load_usable(path, device: "torch.device | str" = "cpu") -> UsableModel:
 
     Raises `CocomixError` where there is none, or where the two do not belong together.
     """
-    found = find_model(path)
+    usable = read_model(path, _load)
+    return usable._replace(model=usable.model.to(device))
+
+
+def _load(found: Path) -> UsableModel:
     folder = description_folder(found)
     tokenizer = load_tokenizer(str(folder))
     model = cast(Any, load_model(found))
@@ -46,7 +50,7 @@ def load_usable(path, device: "torch.device | str" = "cpu") -> UsableModel:
             f"{folder} holds a tokenizer of {n_ids} ids, but its model was made for {vocab_size}: put "
             "the tokenizer there that the model was trained with"
         )
-    return UsableModel(model.to(device), tokenizer, _names_folder(found))
+    return UsableModel(model, tokenizer, _names_folder(found))
 
 
 def _names_folder(found: Path) -> Path:

@@ -24,7 +24,7 @@ from cocomix.core.config import DataConfig
 from cocomix.core.errors import CocomixError
 from cocomix.data.documents import Piece, pieces, require_text
 from cocomix.data.sources import Source, open_sources
-from cocomix.distributed.export import description_folder, find_model
+from cocomix.distributed.export import description_folder, find_model, read_model
 from cocomix.distributed.ranks import own_device
 from cocomix.inference.loading import UsableModel, load_usable
 from cocomix.training.validation import perplexity
@@ -95,17 +95,22 @@ def evaluate_texts(checkpoints: list[str], options: RollingOptions) -> list[Roll
     if options.batch < 1:
         raise CocomixError(f"--batch is {options.batch}: expected at least 1")
     sources = _open_texts(options)
-    folders = [find_model(checkpoint) for checkpoint in checkpoints]
+    for checkpoint in checkpoints:
+        find_model(checkpoint)  # raises where there is none, before the work begins
     scores = []
-    for checkpoint, folder in zip(checkpoints, folders, strict=True):
-        _require_tokenizer(description_folder(folder))
-        usable = load_usable(folder, own_device())
+    for checkpoint in checkpoints:
+        usable = read_model(checkpoint, _load)
         seq_len, stride = _window_sizes(usable.context, options)
         with _named_as_options():
             score = rolling_score(usable, sources, seq_len, stride, options.batch)
         print(_line(checkpoint, score, seq_len, stride), flush=True)
         scores.append(score)
     return scores
+
+
+def _load(folder: Path) -> UsableModel:
+    _require_tokenizer(description_folder(folder))
+    return load_usable(folder, own_device())
 
 
 def rolling_score(usable: UsableModel, sources: list[Source], seq_len: int, stride: int, batch: int) -> RollingScore:

@@ -22,7 +22,7 @@ from cocomix.core.extras import needs
 from cocomix.core.files import read_json, write_own_json
 from cocomix.core.locks import only_writer
 from cocomix.core.tables import text_table
-from cocomix.distributed.export import find_model, run_of
+from cocomix.distributed.export import find_model, read_model, run_of
 from cocomix.distributed.ranks import own_device
 from cocomix.inference.concept_names import FILE as CONCEPT_NAMES
 from cocomix.inference.loading import load_usable
@@ -54,18 +54,25 @@ def evaluate_tasks(checkpoints: list[str], options: TaskOptions) -> list[dict]:
     harness is not installed, for unknown tasks, tasks whose data cannot be had, and what is no model.
     """
     harness = _Harness(options)
-    models = [find_model(checkpoint) for checkpoint in checkpoints]
+    for checkpoint in checkpoints:
+        find_model(checkpoint)  # raises where there is none, before the work begins
     rows = []
-    for checkpoint, folder in zip(checkpoints, models, strict=True):
-        results = _StoredResults(_result_file(folder, options.out), _file_listing(folder), harness.settings)
-        missing = [name for name in options.names if name not in results.tasks]
-        if missing:
-            adapter = harness.adapter(load_usable(checkpoint, own_device()))
+    for checkpoint in checkpoints:
+        results, missing, usable = read_model(checkpoint, lambda folder: _begin(folder, options, harness.settings))
+        if usable is not None:
+            adapter = harness.adapter(usable)
             for name in missing:
                 results.add(name, harness.evaluate(adapter, name))
         rows.append(_row(checkpoint, results.tasks, options.names))
     print(format_table(rows))
     return rows
+
+
+def _begin(folder: Path, options: TaskOptions, settings: dict):
+    """The results that are there of a model, the names of tasks that are missing, and the model where some are."""
+    results = _StoredResults(_result_file(folder, options.out), _file_listing(folder), settings)
+    missing = [name for name in options.names if name not in results.tasks]
+    return results, missing, load_usable(folder, own_device()) if missing else None
 
 
 class _Harness:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from cocomix.core.config import current_name
 from cocomix.core.errors import CocomixError
-from cocomix.core.files import atomic_write
+from cocomix.core.files import atomic_write, sweep_leftovers
 from cocomix.core.records import is_number
 from cocomix.core.tables import text_table
 from cocomix.report.arms import Arm, arm_titles, arms
@@ -278,8 +278,11 @@ def _sections_of(runs: list[Run]) -> list[Section]:
 
 
 def _write_files(folder: Path, content: str, figures: dict[str, bytes]) -> Path:
+    known = {entry.name for entry in FIGURES}
+    for name in ("report.html", *(f"{figure}.png" for figure in known | figures.keys())):
+        sweep_leftovers(folder, name)
     try:
-        for name in {entry.name for entry in FIGURES} - figures.keys():
+        for name in known - figures.keys():
             (folder / f"{name}.png").unlink(missing_ok=True)  # an earlier report's, of other runs
         for name, png in figures.items():
             with atomic_write(folder / f"{name}.png") as file:

@@ -13,7 +13,7 @@ from cocomix.data.token_files import TokenFiles
 from cocomix.distributed.checkpoint import latest_checkpoint, load_checkpoint, read_trainer_state
 from cocomix.distributed.export import export_checkpoint
 from cocomix.distributed.failures import failures_named, only_writers, require_agreement
-from cocomix.distributed.ranks import Ranks, limit_waiting, process_group, rank_and_world
+from cocomix.distributed.ranks import Ranks, limit_waiting, process_group
 from cocomix.teacher.supervision import Supervision
 from cocomix.training.branch import branch_point, cost_until, require_source, take_metrics
 from cocomix.training.deepspeed_engine import build_engine
@@ -46,27 +46,29 @@ def train(
     run = Path(config.train.run)
     if run.exists() and not run.is_dir():
         raise CocomixError(f"train.run is {run}, which is a file: name a folder")
-    if resume and is_finished(run, config):
-        if rank_and_world()[0] == 0:
-            print(f"{run} is finished: {config.total_steps} steps; its model is in {run / 'model'}")
-        return 0
-    _require_free(run, resume)
-    require_source(config, branch_from, recorded_branch(run))
-    with (
-        process_group(config.train.timeout_minutes) as ranks,
-        failures_named(ranks),
-        only_writers(ranks, config.train.run, "cocomix train"),
-    ):
-        _require_free(run, resume)  # again, for another process may have trained here until the lock was ours
-        if ranks.is_first:
-            sweep_leftovers(run)
-        trainer = Trainer(config, ranks, branch_from, memory_warning)
-        try:
-            code = trainer.fit()
-            ranks.barrier()  # here, where a rank that dies before it comes is named
-            return code
-        finally:
-            trainer.close()
+    with process_group(config.train.timeout_minutes) as ranks, failures_named(ranks):
+        # The first rank tells the others: another process may finish the run between two looks.
+        if resume and ranks.from_first(ranks.is_first and is_finished(run, config)):
+            if ranks.is_first:
+                print(f"{run} is finished: {config.total_steps} steps; its model is in {run / 'model'}")
+            return 0
+        _require_free(run, resume)
+        require_source(config, branch_from, recorded_branch(run))
+        with only_writers(ranks, config.train.run, "cocomix train"):
+            _require_free(run, resume)  # again, for another process may have trained here until the lock was ours
+            if ranks.is_first:
+                sweep_leftovers(run)
+            return _train(config, ranks, branch_from, memory_warning)
+
+
+def _train(config: Config, ranks: Ranks, branch_from: Path | None, memory_warning: MemoryWarning | None) -> int:
+    trainer = Trainer(config, ranks, branch_from, memory_warning)
+    try:
+        code = trainer.fit()
+        ranks.barrier()  # here, where a rank that dies before it comes is named
+        return code
+    finally:
+        trainer.close()
 
 
 def _require_free(run: Path, resume: bool) -> None:

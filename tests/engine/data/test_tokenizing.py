@@ -1,6 +1,9 @@
 """Tokenizing: the same tokens from any number of processes, a few batches ahead."""
 
 import os
+import subprocess
+import sys
+import time
 
 import pytest
 from data_helpers import PROSE, encode_whole
@@ -38,6 +41,38 @@ def test_a_tokenizing_process_that_dies_is_reported(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizing, "_start_process", os.abort)
     with pytest.raises(CocomixError, match="one of the 2 processes that tokenize has died.*lower data.processes"):
         list(tokenize(stream_of(["text"]), tokenizer, 2))
+
+
+@pytest.mark.slow
+def test_the_processes_end_with_the_one_that_started_them(tokenizer, tmp_path):
+    """Also where it is killed, and can end nobody."""
+    tokenizer.save_pretrained(tmp_path)
+    program = (
+        "import itertools, multiprocessing, sys\n"
+        "from cocomix.data.documents import Piece\nfrom cocomix.data.tokenizer import load_tokenizer\n"
+        "from cocomix.data.tokenizing import tokenize\n"
+        "stream = (Piece(number, 'a word ' * 500_000, last=True) for number in itertools.count())\n"
+        "for _ in tokenize(stream, load_tokenizer(sys.argv[1]), 2):\n"
+        "    print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n"
+    )
+    first = subprocess.Popen([sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    workers = [int(pid) for pid in first.stdout.readline().split()]
+    first.kill()
+    first.wait()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 20
+    while any(is_running(pid) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(") ")[2][0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_text_is_read_no_further_than_a_few_batches_ahead(tokenizer, monkeypatch):

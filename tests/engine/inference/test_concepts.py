@@ -136,6 +136,19 @@ def test_a_concept_can_be_looked_at_without_a_text_and_named_without_either(worl
     assert capsys.readouterr().out == "no concept has a name\n"
 
 
+def test_what_a_killed_start_left_half_written_is_swept(world, tmp_path):
+    run, ended = tmp_path / "run", 2**22 + 1  # more than any process's number
+    shutil.copytree(world.folder / "run", run)
+    page = tmp_path / "page.html"
+    half = [path.with_name(f".{path.name}.0123abcd.{ended}.part") for path in (page, run / "model/concept_names.json")]
+    for path in half:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("half")
+    more = ["--concept", "7", "--name", "7=seven", "--corpus-tokens", "320", "--out", str(page)]
+    assert main(["concepts", str(run), *more]) == 0
+    assert page.exists() and not any(path.exists() for path in half)
+
+
 def test_without_the_teacher_the_page_has_no_labels_and_says_why(world, tmp_path, capsys):
     shutil.copytree(world.folder / "run", tmp_path / "run")
     (tmp_path / "run/run.json").unlink()

@@ -362,6 +362,17 @@ def test_the_page_needs_nothing_beside_it(tmp_path, pair):
     assert "@import" not in path.read_text() and not re.search(r"url\((?!#)", path.read_text())
 
 
+def test_what_a_killed_report_left_half_written_is_swept_and_nothing_else(tmp_path, pair):
+    ended = 2**22 + 1  # more than any process's number
+    left = [f".{name}.0123abcd.{ended}.part" for name in ("report.html", f"{figures.FIGURES[0].name}.png")]
+    others = [f".thesis.html.0123abcd.{ended}.part", "thesis.html"]
+    for name in (*left, *others):
+        (tmp_path / name).write_text("half")
+    write_report(pair, tmp_path)
+    assert not any((tmp_path / name).exists() for name in left)
+    assert all((tmp_path / name).exists() for name in others)
+
+
 def test_ids_on_the_page_are_unique_and_every_reference_has_its_target(tmp_path, pair):
     page = Page(write_report(pair, tmp_path))
     ids = [value for name, value in page.attributes if name == "id"]

@@ -3,9 +3,12 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from run_helpers import STEPS, assert_equal_runs, stop_at
+from run_helpers import STEPS, assert_equal_runs, environment, stop_at
 
 from cocomix.core.errors import CocomixError
 from cocomix.distributed import checkpoint
@@ -148,3 +151,23 @@ def test_lines_of_metrics_that_are_damaged_are_left_out_and_counted(world, run, 
 
 def assert_same(world, run):
     assert_equal_runs(world, run, "finished")
+
+
+@pytest.mark.slow
+def test_a_run_that_another_process_finishes_between_two_looks_holds_up_no_rank(world, tmp_path):
+    """The second rank, which looks later, sees it finished; the first one has not, and would wait for the other."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys\nfrom cocomix.cli import main\nfrom cocomix.training import trainer\n"
+        "if os.environ['RANK'] == '1':\n    trainer.is_finished = lambda *_: True\nsys.exit(main(sys.argv[1:]))\n"
+    )
+    command = ["train", str(world.config), f"train.run={world.folder / 'looked'}", *ONE, "--resume"]
+    done = subprocess.run(
+        [Path(sys.executable).with_name("torchrun"), "--nproc-per-node", "2", program, *command],
+        env=environment(threads=1),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(world.losses("looked")) == STEPS
