@@ -31,7 +31,8 @@ class MetricsLog:
     """metrics.jsonl of a run folder, mirrored to TensorBoard and Weights & Biases.
 
     Opening drops the lines after step `from_step` (what a resumed run will write again). Every line is one JSON
-    object with `kind` ("train", "eval", "event" or "summary"), `step` and `tokens`.
+    object with `kind` ("train", "eval", "event" or "summary"), `step` and `tokens`. `settings` are the JSON values of
+    the run's record, of which Weights & Biases knows the run by `id`.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, from_step: int, settings: dict):
@@ -51,8 +52,7 @@ class MetricsLog:
             if self._tensorboard is not None:
                 for name, value in numbers.items():
                     self._tensorboard.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log({**numbers, "tokens": tokens}, step=step)
+        self._log_to_wandb(step, tokens, numbers)
 
     def event(self, event: str, step: int, tokens: int, **values) -> None:
         """Append a line about a single step that was out of the ordinary."""
@@ -60,6 +60,13 @@ class MetricsLog:
             record = {"kind": "event", "event": event, "step": step, "tokens": tokens, **values}
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
+        loss = values.get("loss")
+        self._log_to_wandb(step, tokens, {f"event/{event}": 1} | ({} if loss is None else {"event/loss": loss}))
+
+    def _log_to_wandb(self, step: int, tokens: int, numbers: dict[str, Any]) -> None:
+        if self._wandb is not None:
+            # Not as its own step: it drops what is logged for a step that lies before its last, as a resumed run does.
+            self._wandb.log({**numbers, "step": step, "tokens": tokens})
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the evaluation of a step is there: a run that was killed at its end makes it again."""
@@ -137,7 +144,11 @@ def _open_tensorboard(folder, from_step):
 def _open_wandb(folder, project, settings):
     with needs("train.wandb_project", "wandb", "cocomix[wandb]"):
         import wandb  # pyright: ignore[reportMissingImports]  an optional library
-    return wandb.init(project=project, name=folder.name, dir=folder, config=settings, resume="allow", id=folder.name)
+    identity = settings.get("id") or folder.name  # earlier versions called it by its folder, wherever that lay
+    run = wandb.init(project=project, name=folder.name, dir=folder, config=settings, resume="allow", id=identity)
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")  # the axis of all figures
+    return run
 
 
 def progress_bar(title: str, total_steps: int, done: int, shown: bool):

@@ -13,13 +13,13 @@ from cocomix.core.shapes import student_shape
 from cocomix.data.token_files import TokenFiles
 from cocomix.distributed.ranks import Ranks
 from cocomix.teacher.supervision import Supervision
-from cocomix.training.run_record import DataRecord, RunRecord
+from cocomix.training.run_record import DataRecord, RunRecord, new_id
 
 
 def describe_run(
     config: Config, tokens: TokenFiles, supervision: Supervision, ranks: Ranks, n_parameters: int
 ) -> RunRecord:
-    """What the run says of itself; `n_parameters` counts the student's, on all ranks together."""
+    """What the run says of itself, as one that begins; `n_parameters` counts the student's, on all ranks together."""
     return RunRecord(
         name=Path(config.train.run).name,
         method=config.model.mixing,
@@ -41,6 +41,7 @@ def describe_run(
             val_tokens=tokens.split("val").n_tokens,
             val_unigram_perplexity=tokens.meta["val_unigram_perplexity"],
         ),
+        id=new_id(),
     )
 
 

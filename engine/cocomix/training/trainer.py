@@ -24,7 +24,7 @@ from cocomix.training.memory_warning import MemoryWarning, warn_of_memory
 from cocomix.training.resume import code_fingerprint, grows, identity, precision_begun_with, require_same_run
 from cocomix.training.run_description import describe_run
 from cocomix.training.run_log import RunLog
-from cocomix.training.run_record import Branch, recorded_branch
+from cocomix.training.run_record import Branch, recorded_branch, recorded_id
 from cocomix.training.save_policy import SavePolicy
 from cocomix.training.stop_requests import StopRequests
 from cocomix.training.train_step import TrainStep, build_student, training_batches
@@ -160,7 +160,9 @@ class Trainer:
             state, changes = self._go_on_from(checkpoint)
             self.saves.saved_step = self.step
             branch = state.get("branched_from")  # runs of earlier versions have none
-            self.record = dataclasses.replace(self.record, branched_from=branch and Branch(**branch))
+            self.record = dataclasses.replace(
+                self.record, branched_from=branch and Branch(**branch), id=recorded_id(self.run)
+            )
             if self.ranks.is_first and changes:
                 print(f"{self.run} continues after step {self.step} with changes: {'; '.join(changes)}")
             return state["elapsed_s"]
