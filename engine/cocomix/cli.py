@@ -12,7 +12,7 @@ import threading
 import wrapt
 
 from cocomix.core.errors import CocomixError
-from cocomix.core.output import lost_output_is_no_error
+from cocomix.core.output import any_text_can_be_shown, lost_output_is_no_error
 from cocomix.core.signals import handled
 
 # In the order of `cocomix --help`; each is a module of cocomix.commands.
@@ -26,11 +26,12 @@ EXIT_BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for input that the user can fix, 75 for an interrupted
     training run that was saved, 130 for any other interrupt."""
-    options = _parse(arguments)
-    command = _find(options.command)
-    outlives = lost_output_is_no_error if getattr(command, "OUTLIVES_ITS_OUTPUT", False) else contextlib.nullcontext
-    with outlives():
-        return exit_code(options.command, lambda: command.run(options), getattr(command, "WHEN_INTERRUPTED", None))
+    with any_text_can_be_shown():
+        options = _parse(arguments)
+        command = _find(options.command)
+        outlives = lost_output_is_no_error if getattr(command, "OUTLIVES_ITS_OUTPUT", False) else contextlib.nullcontext
+        with outlives():
+            return exit_code(options.command, lambda: command.run(options), getattr(command, "WHEN_INTERRUPTED", None))
 
 
 def exit_code(name: str, work, when_interrupted: str | None = None) -> int:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from cocomix.core.config import TrainConfig
 from cocomix.core.extras import needs
 from cocomix.core.files import atomic_write, explain_full_disk
+from cocomix.core.output import printable
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -157,7 +158,7 @@ def progress_bar(title: str, total_steps: int, done: int, shown: bool):
     return (tqdm if on_terminal else _Lines)(
         total=total_steps,
         initial=done,
-        desc=title,
+        desc=printable(title),  # tqdm adds codes of its own to a title with codes
         unit="step",
         disable=not shown,
         dynamic_ncols=on_terminal,
