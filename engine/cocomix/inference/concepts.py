@@ -5,14 +5,16 @@ from pathlib import Path
 
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import atomic_write
+from cocomix.distributed.export import run_of
 from cocomix.distributed.ranks import own_device
 from cocomix.inference.concept_cards import chosen_concepts, make_card
 from cocomix.inference.concept_names import add_names, called, find_concept, read_names
 from cocomix.inference.concept_page import page
 from cocomix.inference.concept_reading import agreement, compress_norms, read_text
 from cocomix.inference.concept_survey import Corpus, survey
-from cocomix.inference.loading import load_teacher, load_usable, run_settings
+from cocomix.inference.loading import load_teacher, load_usable
 from cocomix.inference.steering import check_concept, require_concepts
+from cocomix.training.run_places import find_data
 
 _LONGEST_TOKEN = 128  # characters, of nearly all
 
@@ -90,12 +92,20 @@ def _teacher(path, config_path, usable):
 def _corpus(path, request, usable):
     place = request.corpus
     if place is None:
-        place = run_settings(path, "data").get("folder")
-        if place is None or not (Path(place) / "meta.json").is_file():
-            place = request.text_file
+        place = _data_of_run(path) or request.text_file
     if place is None:
         raise CocomixError("there is no corpus to look for contexts in: name text or token files with --corpus")
     return Corpus(place, usable.tokenizer, usable.context, request.corpus_tokens)
+
+
+def _data_of_run(path) -> str | None:
+    run = run_of(path)
+    try:
+        place = None if run is None else find_data(run, "--corpus")
+    except CocomixError as error:
+        print(f"without the run's own text: {error}")
+        return None
+    return place if place is not None and (Path(place) / "meta.json").is_file() else None
 
 
 def _write_page(path, out, usable, reading, cards, surveyed, names):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,22 @@ _RENAMED = {"mode": "method", "labels": "concept_labels"}  # keys of version 0.1
 
 @dataclass(frozen=True)
 class DataRecord:
-    """What a run trains on: numbers of token ids and of tokens, and the perplexity of a unigram model of the training
-    split on the validation split."""
+    """What a run trains on: numbers of token ids and of tokens, the perplexity of a unigram model of the training split
+    on the validation split, and the splits' SHA-256 by their names (none in runs of earlier versions)."""
 
     vocab_size: Count
     train_tokens: Count
     val_tokens: Count
     val_unigram_perplexity: Positive
+    fingerprints: dict[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a file or folder lay when a run was trained: from the run's folder, and on the machine."""
+
+    relative: str
+    absolute: str
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,8 @@ class RunRecord:
     done online (None in runs of early versions), `supervision_flops_per_token` that work alone, online or when the
     cache was made (None where a cache does not tell); `config` holds the settings by section; `branched_from` is None
     where the run began at its first step; `id` tells the run from others whose folders have the same name (None in runs
-    of earlier versions).
+    of earlier versions); `paths` says where what its settings name lay, and `teacher_fingerprints` which teacher and
+    SAE its concept labels are from, see `training.run_places` (empty in runs of earlier versions).
     """
 
     name: str
@@ -68,6 +78,8 @@ class RunRecord:
     branched_from: Branch | None = None
     supervision_flops_per_token: float | None = None
     id: str | None = None
+    paths: dict[str, Place] = field(default_factory=dict[str, Place])
+    teacher_fingerprints: dict[str, str] = field(default_factory=dict[str, str])
 
     def cost(self, tokens: float) -> list[tuple[float, float]] | None:
         """What training on the first `tokens` tokens takes, as the corners of a line from (0, 0) on: tokens, and

@@ -95,7 +95,8 @@ class Trainer:
         tokens.split("val").n_windows(config.data.seq_len)  # raises where there is none
         tokenizer = tokens.tokenizer()
         self.supervision = Supervision.from_config(config, tokens, ranks.device)
-        self.identity = identity(config, self.train_split.fingerprint, self.supervision.fingerprints())
+        fingerprints = self.supervision.fingerprints()
+        self.identity = identity(config, self.train_split.fingerprint, fingerprints)
         require_agreement(ranks, self.identity | {"the code": code_fingerprint()})
         if ranks.is_first:
             for name in (STUDENT, TEACHER) if self.supervision.teachers else (STUDENT,):
@@ -104,7 +105,7 @@ class Trainer:
         warn_of_memory(memory_warning, config, tokens.vocab_size, ranks)
         model = build_student(config, tokens.vocab_size, tokens.eot_id)
         n_parameters = sum(parameter.numel() for parameter in model.parameters())  # at stage 3 they become empty
-        self.record = describe_run(config, tokens, self.supervision, ranks, n_parameters)
+        self.record = describe_run(config, tokens, self.supervision, ranks, n_parameters, fingerprints)
         self.engine = build_engine(model, config, ranks.device, ranks.world)
         limit_waiting(config.train.timeout_minutes)
         self.train_step = TrainStep(self.engine, self.supervision, ranks)
