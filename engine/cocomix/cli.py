@@ -12,7 +12,8 @@ import threading
 import wrapt
 
 from cocomix.core.errors import CocomixError
-from cocomix.core.output import any_text_can_be_shown, lost_output_is_no_error
+from cocomix.core.files import final_name
+from cocomix.core.output import any_text_can_be_shown, lost_output_is_no_error, one_line
 from cocomix.core.signals import handled
 
 # In the order of `cocomix --help`; each is a module of cocomix.commands.
@@ -45,7 +46,7 @@ def exit_code(name: str, work, when_interrupted: str | None = None) -> int:
                 sys.stdout.flush()
             return code
     except CocomixError as error:
-        print(f"cocomix {name}: error: {error}", file=sys.stderr)
+        print(f"cocomix {name}: error: {one_line(error)}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except BrokenPipeError:  # as in `cocomix plan ... | head`
         if sys.stdout is not None:
@@ -54,7 +55,7 @@ def exit_code(name: str, work, when_interrupted: str | None = None) -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"cocomix {name}: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"cocomix {name}: error: {one_line(f'{final_name(error.filename)}: {error.strerror}')}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print(f"\ncocomix {name}: interrupted{f'; {when_interrupted}' if when_interrupted else ''}", file=sys.stderr)

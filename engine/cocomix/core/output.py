@@ -15,6 +15,20 @@ def printable(text: str) -> str:
     return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
+def encodable(text: str) -> bool:
+    """Whether UTF-8 can spell it: bytes of an argument that are no UTF-8, and JSON's halves of pairs, it cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def one_line(text: object) -> str:
+    """A message without ends of lines, whatever it quotes."""
+    return "; ".join(line.strip() for line in str(text).splitlines() if line.strip())
+
+
 @contextlib.contextmanager
 def any_text_can_be_shown() -> Generator[None]:
     """Inside, standard output and standard error take any text: what their encoding lacks is spelled out ("\\u2013"),

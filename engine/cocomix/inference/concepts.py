@@ -5,6 +5,7 @@ from pathlib import Path
 
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import atomic_write
+from cocomix.core.output import encodable
 from cocomix.distributed.export import run_of
 from cocomix.distributed.ranks import own_device
 from cocomix.inference.concept_cards import chosen_concepts, make_card
@@ -37,6 +38,8 @@ class Request:
     def read(self) -> tuple[str | None, int | None]:
         """The text, of a file as much of its beginning as `max_tokens` can need, and the bytes of all of it where there
         may be more. Raises `CocomixError` where it cannot be had."""
+        if self.text is not None and not encodable(self.text):
+            raise CocomixError("--text is not UTF-8: it holds bytes that stand for no character")
         if self.text is not None or self.text_file is None:
             return self.text, None
         path = Path(self.text_file)
@@ -75,8 +78,8 @@ def run(path, request: Request) -> None:
     chosen = chosen_concepts(reading, wanted)
     surveyed = survey(usable.model, _corpus(path, request, usable), chosen)
     cards = [make_card(usable, concept, reading, surveyed) for concept in chosen]
-    print(*summary_lines(reading, cards, surveyed, names, request.per_token), sep="\n")
-    _write_page(path, request.out, usable, reading, cards, surveyed, names)
+    _write_page(path, request.out, usable, reading, cards, surveyed, names)  # before what nobody may read to its end
+    print(*summary_lines(reading, cards, surveyed, names, request.per_token), f"page: {request.out}", sep="\n")
 
 
 def _teacher(path, config_path, usable):
@@ -113,7 +116,6 @@ def _write_page(path, out, usable, reading, cards, surveyed, names):
     content = page(str(path), usable.tokenizer, reading, cards, surveyed, names, norms)
     with atomic_write(out) as file:
         file.write(content.encode("utf-8", errors="replace"))
-    print(f"page: {out}")
 
 
 def summary_lines(reading, cards, surveyed, names, per_token: bool = False) -> list[str]:
