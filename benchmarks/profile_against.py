@@ -12,6 +12,7 @@ import peers
 
 from cocomix.cli import exit_code, parse_with_overrides
 from cocomix.commands import profile
+from cocomix.core.output import any_text_can_be_shown
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,8 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
         choices=("public", "transformers"),
         help="a competitor; may be given several times",
     )
-    options = parse_with_overrides(parser, arguments)
-    return exit_code("profile", lambda: profile.run(options, options.against, peers))
+    with any_text_can_be_shown():
+        options = parse_with_overrides(parser, arguments)
+        return exit_code("profile", lambda: profile.run(options, options.against, peers))
 
 
 if __name__ == "__main__":

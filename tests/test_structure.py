@@ -136,7 +136,6 @@ TESTED_IN = {
     "cocomix.costs.profile_trace": "engine/costs/test_profiler.py",
     "cocomix.costs.step_parts": "engine/costs/test_profiler.py",
     "cocomix.distributed.background_write": "engine/distributed/test_checkpoint.py",
-    "cocomix.inference.loading": "engine/inference/test_generate.py engine/inference/test_concepts.py",
     "cocomix.model.blocks": "engine/model/test_model.py",
     "cocomix.model.config": "engine/model/test_model.py",
     "cocomix.model.positions": "engine/model/test_generation.py",

@@ -12,7 +12,8 @@ import threading
 import wrapt
 
 from cocomix.core.errors import CocomixError
-from cocomix.core.output import lost_output_is_no_error
+from cocomix.core.files import final_name
+from cocomix.core.output import any_text_can_be_shown, lost_output_is_no_error, one_line
 from cocomix.core.signals import handled
 
 # In the order of `cocomix --help`; each is a module of cocomix.commands.
@@ -26,11 +27,12 @@ EXIT_BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for input that the user can fix, 75 for an interrupted
     training run that was saved, 130 for any other interrupt."""
-    options = _parse(arguments)
-    command = _find(options.command)
-    outlives = lost_output_is_no_error if getattr(command, "OUTLIVES_ITS_OUTPUT", False) else contextlib.nullcontext
-    with outlives():
-        return exit_code(options.command, lambda: command.run(options), getattr(command, "WHEN_INTERRUPTED", None))
+    with any_text_can_be_shown():
+        options = _parse(arguments)
+        command = _find(options.command)
+        outlives = lost_output_is_no_error if getattr(command, "OUTLIVES_ITS_OUTPUT", False) else contextlib.nullcontext
+        with outlives():
+            return exit_code(options.command, lambda: command.run(options), getattr(command, "WHEN_INTERRUPTED", None))
 
 
 def exit_code(name: str, work, when_interrupted: str | None = None) -> int:
@@ -44,7 +46,7 @@ def exit_code(name: str, work, when_interrupted: str | None = None) -> int:
                 sys.stdout.flush()
             return code
     except CocomixError as error:
-        print(f"cocomix {name}: error: {error}", file=sys.stderr)
+        print(f"cocomix {name}: error: {one_line(error)}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except BrokenPipeError:  # as in `cocomix plan ... | head`
         if sys.stdout is not None:
@@ -53,7 +55,7 @@ def exit_code(name: str, work, when_interrupted: str | None = None) -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"cocomix {name}: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"cocomix {name}: error: {one_line(f'{final_name(error.filename)}: {error.strerror}')}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print(f"\ncocomix {name}: interrupted{f'; {when_interrupted}' if when_interrupted else ''}", file=sys.stderr)

@@ -3,6 +3,7 @@ import importlib
 import json
 import os
 import pkgutil
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from stored_json import change_json
 
 from cocomix import commands
 from cocomix.cli import COMMANDS, main
+from cocomix.core.errors import CocomixError
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +172,38 @@ def test_a_missing_or_broken_config_is_one_line(tmp_path, capsys):
     assert "no config file at" in one_line(capsys, "train")
     (tmp_path / "broken.yaml").write_text("train: [1")
     assert main(["train", str(tmp_path / "broken.yaml")]) == 2
-    assert "is not valid YAML" in " ".join(capsys.readouterr().err.split())
+    assert re.search(r"/broken\.yaml, line \d, column \d+: this is not valid YAML: ", one_line(capsys, "train"))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (CocomixError("first\n  second\r\n\nthird\n"), "first; second; third"),
+        (PermissionError(errno.EACCES, "Permission denied", "runs/a"), "runs/a: Permission denied"),
+        (
+            OSError(errno.EROFS, "Read-only", "runs/.a.json.0123abcd.7.part"),
+            "runs/a.json: Read-only",
+        ),
+        (OSError(errno.EROFS, "Read-only", b"a\nb"), "a; b: Read-only"),
+    ],
+)
+def test_an_error_is_one_line_that_names_what_its_user_knows_of(monkeypatch, capsys, error, said):
+    def failing(_):
+        raise error
+
+    monkeypatch.setattr("cocomix.commands.export.run", failing)
+    assert main(["export", "run", "out"]) == 2
+    assert one_line(capsys, "export") == f"cocomix export: error: {said}"
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "blank ", " 007", "1e3"])
+def test_a_folder_is_called_what_it_was_named(world, tmp_path, name):
+    assert call(world, "data", f"data.folder={tmp_path}/{name}/{name}") == 0
+    assert os.listdir(tmp_path) == [name] and os.listdir(tmp_path / name) == [name]
+    named = [f"data.folder={tmp_path}/{name}/{name}", f"train.run={tmp_path}/{name}/run{name}"]
+    assert call(world, "train", *named, "model.mixing=none", "train.tokens=256") == 0
+    assert main(["export", f"{tmp_path}/{name}/run{name}", f"{tmp_path}/{name}/out{name}"]) == 0
+    assert sorted(os.listdir(tmp_path / name)) == sorted([name, f"out{name}", f"run{name}"])
 
 
 def break_tokens(folder, kind):

@@ -35,11 +35,13 @@ def run(options):
         raise CocomixError("--json writes the comparison of runs: name their folders")
     runs = [load_run(folder) for folder in options.runs]
     sections, text = measured_sections(options.profile, options.bench, options.bench_before)
+    page = write_report(runs, options.out, sections)  # files first: printing may fail, where nobody reads it to its end
+    if options.json:
+        write_comparison(options.json, runs)
     if runs:
         print(comparison_table(runs))
     if text:
         print(text)
-    print(f"report: {write_report(runs, options.out, sections)}")
+    print(f"report: {page}")
     if options.json:
-        write_comparison(options.json, runs)
         print(f"figures: {options.json}")

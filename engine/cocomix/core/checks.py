@@ -27,9 +27,15 @@ def positive(default: float, at_most: float = math.inf, because: str = "") -> An
     return _setting(default, lambda value: _not_finite(value) or check(value))
 
 
-def not_negative(default: float) -> Any:
-    """A setting that must be a finite number, zero or above."""
-    return _setting(default, lambda value: _not_finite(value) or ("must not be negative" if value < 0 else None))
+def not_negative(default: float, at_most: float = math.inf, because: str = "") -> Any:
+    """A setting that must be a finite number, zero or above and no greater than `at_most`, because of something."""
+
+    def check(value: float) -> str | None:
+        if value < 0:
+            return "must not be negative"
+        return f"must be at most {at_most}: {because}" if value > at_most else None
+
+    return _setting(default, lambda value: _not_finite(value) or check(value))
 
 
 def fits_64_bits(value: int) -> bool:

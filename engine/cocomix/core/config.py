@@ -20,6 +20,8 @@ from cocomix.core.checks import checked, fits_64_bits, not_negative, one_of, pos
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import AnyPath
 from cocomix.core.methods import MIXING, predicts_concepts
+from cocomix.core.model_names import first_line
+from cocomix.core.output import encodable
 
 LABELS_BY = ("attribution", "activation")
 ATTENTION_BACKENDS = ("torch", "triton", "flash", "cudnn")
@@ -28,6 +30,7 @@ AUTO = "auto"  # a precision that the machine decides, see `cocomix.core.precisi
 ZERO_STAGES = (0, 1, 2, 3)
 SCHEDULES = ("cosine", "linear", "wsd", "constant")  # of the learning rate after its warm-up
 
+_TEXT = (str, str | None)
 RENAMED = {"labels": "concept_labels"}  # sections by the names that they had in earlier versions, which are still read
 
 
@@ -56,12 +59,12 @@ class ModelConfig:
     """Shape of the student. The vocabulary comes from the token files, the context length from data.seq_len."""
 
     n_embd: int = positive(512)
-    n_layer: int = positive(8)
+    n_layer: int = positive(8, at_most=2**16, because="a model's weights are listed")
     n_head: int = positive(8)
     concept_dim: int = positive(32768)
     concept_topk: int = positive(32)
     insert_layer: int = 3
-    concept_loss_weight: float = not_negative(0.1)
+    concept_loss_weight: float = not_negative(0.1, at_most=1e30, because="losses are numbers of 32 bits")
     # or add, predict (without mixing), pause (a learned vector instead), none (NTP)
     mixing: str = one_of("interleave", MIXING)
     # interleave and pause: what stands at a concept position is added to its token's hidden state
@@ -98,7 +101,7 @@ class SaeConfig:
     lr: float = positive(1e-3)
     warmup_steps: int = not_negative(100)
     aux_k: int = not_negative(256)  # dead latents that help to explain the residual
-    aux_weight: float = not_negative(1 / 32)
+    aux_weight: float = not_negative(1 / 32, at_most=1e30, because="losses are numbers of 32 bits")
     dead_after_tokens: int = positive(1_000_000)  # a latent silent for so long is dead
     seed: int = checked(0, fits_64_bits, "must fit into 64 bits")
 
@@ -115,7 +118,8 @@ class ConceptLabelsConfig:
 class DistillationConfig:
     """Knowledge distillation: KL(teacher || student) of next-token distributions beside the student's own loss."""
 
-    weight: float = not_negative(0.0)  # of that term; 0: no distillation
+    # of that term; 0: no distillation
+    weight: float = not_negative(0.0, at_most=1e30, because="losses are numbers of 32 bits")
     # of the teacher's likeliest tokens, the rest counting as one; null: all, online alone
     top_k: int | None = checked(32, lambda k: k is None or k > 0, "must be positive, or null for all")
     cache: str | None = None  # a folder; `cocomix labels` writes it. None: online
@@ -223,14 +227,17 @@ def load_config(path: AnyPath, overrides: Sequence[str] = ()) -> Config:
 
 
 def _read_with_base(path: Path, seen: list[Path], notes: list[str]) -> tuple[DictConfig, str]:
-    if path.resolve() in seen:
+    place = Path(os.path.realpath(path))
+    if place in seen:
         raise CocomixError(f"{path}: its `base:` leads back to itself")
     try:
         content = OmegaConf.load(path)
     except (FileNotFoundError, IsADirectoryError):
         raise CocomixError(f"no config file at {path}") from None
+    except OSError as error:
+        raise CocomixError(f"{path} cannot be read: {error.strerror}") from None
     except Exception as error:  # YAML's own errors have no common base that OmegaConf promises
-        raise CocomixError(f"{path} is not valid YAML: {error}") from None
+        raise CocomixError(not_yaml(str(path), error)) from None
     if not isinstance(content, DictConfig):
         raise CocomixError(f"{path} holds no settings: expected sections such as `model:` and `train:`")
     base = content.pop("base", None)
@@ -239,22 +246,47 @@ def _read_with_base(path: Path, seen: list[Path], notes: list[str]) -> tuple[Dic
     if base is not None:
         if not isinstance(base, str):
             raise CocomixError(f"{path}: `base:` must name a file, not {base}")
-        parent, _ = _read_with_base(path.parent / base, [*seen, path.resolve()], notes)
+        parent, _ = _read_with_base(path.parent / base, [*seen, place], notes)
         content = cast(DictConfig, OmegaConf.merge(parent, content))
     return content, str(path)
 
 
+def not_yaml(file: str, error: Exception) -> str:
+    """What a YAML reader's error says of a file, in one line with the place in it."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return f"{file} is not valid YAML: {first_line(error)}"
+    return f"{file}, line {mark.line + 1}, column {mark.column + 1}: this is not valid YAML: {problem}"
+
+
 def _read_override(text: str, notes: list[str]) -> tuple[DictConfig, str]:
-    key, equals, _ = text.partition("=")
+    key, equals, value = text.partition("=")
     if not equals or not key:
         raise CocomixError(f"override {text!r}: expected key.sub=value, for example train.lr=3e-4")
+    if not encodable(text):
+        raise CocomixError(f"override {text!r}: this is not UTF-8")
     try:
-        source = OmegaConf.from_dotlist([text])
+        source = OmegaConf.create(_nested(key, value)) if _is_literal(key, value) else OmegaConf.from_dotlist([text])
     except Exception as error:
-        raise CocomixError(f"override {text!r}: {error}") from None
+        raise CocomixError(f"override {text!r}: {getattr(error, 'problem', None) or first_line(error)}") from None
     source = _with_current_names(source, f"override {text!r}", notes)
     _check_keys(source, Config, f"override {text!r}")
     return source, f"override {text!r}"
+
+
+def _is_literal(key: str, value: str) -> bool:
+    """Whether an override's value is the setting as it stands: YAML would strip a name's blanks, join its lines and
+    read 007 as 7, and another folder than was named would be made."""
+    section, _, name = current_name(key).rpartition(".")
+    schema: Any = {"": Config, **{f.name: f.default_factory for f in dataclasses.fields(Config)}}.get(section)
+    fields = dataclasses.fields(schema) if dataclasses.is_dataclass(schema) else ()
+    is_text = any(f.name == name and f.type in _TEXT for f in fields)
+    return is_text and value not in ("", "null", "~") and value[0] not in "'\""
+
+
+def _nested(key: str, value: str) -> dict[str, Any]:
+    first, dot, rest = key.partition(".")
+    return {first: _nested(rest, value) if dot else value}
 
 
 def current_name(name: str) -> str:
@@ -291,6 +323,8 @@ def _check_keys(node: DictConfig, schema: Any, where: str, prefix: str = "") -> 
             if not isinstance(value, dict):
                 raise CocomixError(f"{where}: {prefix}{key} is a section, not a value; write {prefix}{key}.KEY")
             _check_keys(node[key], section, where, f"{prefix}{key}.")
+        elif known[key].type in _TEXT and isinstance(value, bool | int | float):
+            raise CocomixError(f"{where}: {prefix}{key} is {value!r} to YAML: put it into quotes")
         elif section in (list, dict) and type(value) in (list, dict) and type(value) is not section:
             raise CocomixError(f"{where}: {prefix}{key}: expected a {'list' if section is list else 'mapping'}")
 
@@ -323,6 +357,8 @@ def _contradictions(config: Config) -> Iterator[str]:
 def _model_contradictions(model: ModelConfig) -> Iterator[str]:
     if model.n_embd % model.n_head:
         yield f"model.n_embd ({model.n_embd}) must be a multiple of model.n_head ({model.n_head})"
+    if model.n_embd == 1 and model.mixing in ("interleave", "add"):
+        yield "model.n_embd must be at least 2: concepts are scaled to the spread of a vector's numbers"
     if model.mixing != "none" and not 0 <= model.insert_layer < model.n_layer:
         yield (
             f"model.insert_layer ({model.insert_layer}) must be at least 0 and below model.n_layer ({model.n_layer})"

@@ -23,6 +23,7 @@ _UMASK = os.umask(0o077)  # there is no asking for it without setting it, which 
 os.umask(_UMASK)
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # of file systems without hard links
+_ASIDE = re.compile(r"(?<![^/])\.(?P<name>[^/]+)\.[0-9a-f]{8}\.\d+\.part(?=/|$)")  # see `_make_room_aside`
 # How safetensors and tokenizers say it, which raise no OSError.
 _FULL_DISK_IN_RUST = re.compile(rf"os error ({'|'.join(map(str, _FULL_DISK))})\b")
 
@@ -56,10 +57,20 @@ def require_space(path: AnyPath, n_bytes: int) -> None:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < n_bytes:
+        needed, there = _size(n_bytes), _size(free)
+        if needed == there:
+            needed, there = f"{n_bytes:,} bytes", f"{free:,} bytes"
         raise CocomixError(
-            f"no room on disk for {path}: it needs {n_bytes / 2**20:,.0f} MiB and {folder} has "
-            f"{free / 2**20:,.0f} MiB free; free some space or choose another folder"
+            f"no room on disk for {path}: it needs {needed} and {folder} has {there} free; free some space or choose "
+            "another folder"
         )
+
+
+def _size(n_bytes: int) -> str:
+    for unit, size in (("MiB", 2**20), ("KiB", 2**10)):
+        if n_bytes >= 10 * size:
+            return f"{n_bytes / size:,.0f} {unit}"
+    return f"{n_bytes:,} bytes"
 
 
 @contextlib.contextmanager
@@ -83,6 +94,12 @@ def _make_room_aside(path: Path) -> Path:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{os.getpid()}.part")
+
+
+def final_name(path: str | bytes | int) -> str:
+    """The file or folder that `path` is, lies in, or is written aside for: what its user knows of."""
+    text = str(path) if isinstance(path, int) else os.fsdecode(path)
+    return _ASIDE.sub(lambda found: found["name"], text)
 
 
 @contextlib.contextmanager

@@ -16,9 +16,9 @@ def run(config: Config, gpus: list[int], cluster: str, vocab_size: int | None = 
     """`cocomix plan`: print the plan of one number of GPUs, or a table with a row for each of several."""
     job = make_job(config, load_cluster(cluster), vocab_size)
     plans = [make_plan(job, number, raise_batch=len(gpus) > 1) for number in gpus]
-    print(describe(plans[0]) if len(plans) == 1 else table(plans))
     if json_file is not None:
         write_json(json_file, {"plans": [as_dict(plan) for plan in plans]})
+    print(describe(plans[0]) if len(plans) == 1 else table(plans))
 
 
 def as_dict(plan: Plan) -> dict:

@@ -58,11 +58,12 @@ def run(config: Config, options: Options, trace=None, json_file=None) -> None:
             profile.close()
         if not ranks.is_first:
             return
+        if json_file is not None:
+            write_own_json(json_file, found.as_json())
         print(describe_profile(found))
         for file in files:
             print(f"trace: {file}")
         if json_file is not None:
-            write_own_json(json_file, found.as_json())
             print(f"figures: {json_file}")
 
 

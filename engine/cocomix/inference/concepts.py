@@ -5,14 +5,17 @@ from pathlib import Path
 
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import atomic_write, sweep_leftovers
+from cocomix.core.output import encodable
+from cocomix.distributed.export import run_of
 from cocomix.distributed.ranks import own_device
 from cocomix.inference.concept_cards import chosen_concepts, make_card
 from cocomix.inference.concept_names import add_names, called, find_concept, read_names
 from cocomix.inference.concept_page import page
 from cocomix.inference.concept_reading import agreement, compress_norms, read_text
 from cocomix.inference.concept_survey import Corpus, survey
-from cocomix.inference.loading import load_teacher, load_usable, run_settings
+from cocomix.inference.loading import load_teacher, load_usable
 from cocomix.inference.steering import check_concept, require_concepts
+from cocomix.training.run_places import find_data
 
 _LONGEST_TOKEN = 128  # characters, of nearly all
 
@@ -35,6 +38,8 @@ class Request:
     def read(self) -> tuple[str | None, int | None]:
         """The text, of a file as much of its beginning as `max_tokens` can need, and the bytes of all of it where there
         may be more. Raises `CocomixError` where it cannot be had."""
+        if self.text is not None and not encodable(self.text):
+            raise CocomixError("--text is not UTF-8: it holds bytes that stand for no character")
         if self.text is not None or self.text_file is None:
             return self.text, None
         path = Path(self.text_file)
@@ -73,8 +78,8 @@ def run(path, request: Request) -> None:
     chosen = chosen_concepts(reading, wanted)
     surveyed = survey(usable.model, _corpus(path, request, usable), chosen)
     cards = [make_card(usable, concept, reading, surveyed) for concept in chosen]
-    print(*summary_lines(reading, cards, surveyed, names, request.per_token), sep="\n")
-    _write_page(path, request.out, usable, reading, cards, surveyed, names)
+    _write_page(path, request.out, usable, reading, cards, surveyed, names)  # before what nobody may read to its end
+    print(*summary_lines(reading, cards, surveyed, names, request.per_token), f"page: {request.out}", sep="\n")
 
 
 def _teacher(path, config_path, usable):
@@ -90,12 +95,20 @@ def _teacher(path, config_path, usable):
 def _corpus(path, request, usable):
     place = request.corpus
     if place is None:
-        place = run_settings(path, "data").get("folder")
-        if place is None or not (Path(place) / "meta.json").is_file():
-            place = request.text_file
+        place = _data_of_run(path) or request.text_file
     if place is None:
         raise CocomixError("there is no corpus to look for contexts in: name text or token files with --corpus")
     return Corpus(place, usable.tokenizer, usable.context, request.corpus_tokens)
+
+
+def _data_of_run(path) -> str | None:
+    run = run_of(path)
+    try:
+        place = None if run is None else find_data(run, "--corpus")
+    except CocomixError as error:
+        print(f"without the run's own text: {error}")
+        return None
+    return place if place is not None and (Path(place) / "meta.json").is_file() else None
 
 
 def _write_page(path, out, usable, reading, cards, surveyed, names):
@@ -104,7 +117,6 @@ def _write_page(path, out, usable, reading, cards, surveyed, names):
     sweep_leftovers(Path(out).parent, Path(out).name)
     with atomic_write(out) as file:
         file.write(content.encode("utf-8", errors="replace"))
-    print(f"page: {out}")
 
 
 def summary_lines(reading, cards, surveyed, names, per_token: bool = False) -> list[str]:

@@ -6,10 +6,10 @@ from typing import Any, cast
 from cocomix.core.errors import CocomixError
 from cocomix.data.token_files import TokenFiles
 from cocomix.data.tokenizer import load_tokenizer
-from cocomix.distributed.export import description_folder, find_model, load_model, read_model
+from cocomix.distributed.export import description_folder, find_model, load_model, read_model, run_of
 from cocomix.distributed.ranks import own_device
-from cocomix.inference.loading import run_settings
 from cocomix.teacher.language_model import require_vocabulary
+from cocomix.training.run_places import find_data
 from cocomix.training.validation import perplexity, validation_loss
 
 
@@ -55,7 +55,8 @@ def _require_tokenizer(folder: Path, tokens) -> None:
 
 
 def _data_of_run(checkpoint) -> str:
-    folder = run_settings(checkpoint, "data").get("folder")
+    run = run_of(checkpoint)
+    folder = None if run is None else find_data(run, "--data")
     if folder is None:
         raise CocomixError(f"{checkpoint} does not lie in the folder of a run: name the token files with --data FOLDER")
     return folder

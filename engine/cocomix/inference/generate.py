@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from cocomix.core.errors import CocomixError
+from cocomix.core.output import encodable
 from cocomix.inference.concept_names import called, find_concept, read_names
 from cocomix.inference.loading import UsableModel, load_teacher, load_usable
 from cocomix.inference.steering import SYNTAX, parse_operation, require_concepts, steer, steer_teacher
@@ -65,8 +66,10 @@ class Comparison:
 
 def encode(usable: UsableModel, prompt: str, room: int = 0) -> list[int]:
     """Token ids of a prompt; an empty one starts a document. Raises `CocomixError` where the ids and `room` more do
-    not fit into the model's context."""
+    not fit into the model's context, and where UTF-8 cannot spell it."""
     tokenizer, context = usable.tokenizer, usable.context
+    if not encodable(prompt):
+        raise CocomixError(f"the prompt {prompt!r} is not UTF-8: it holds bytes that stand for no character")
     ids = tokenizer(prompt)["input_ids"]
     if not ids:
         if tokenizer.eos_token_id is None:

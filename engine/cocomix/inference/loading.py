@@ -11,11 +11,13 @@ from cocomix.core.methods import predicts_concepts
 from cocomix.data.tokenizer import load_tokenizer
 from cocomix.distributed.export import description_folder, is_checkpoint, is_run, load_model, read_model, run_of
 from cocomix.inference.concept_names import FILE
+from cocomix.training.run_places import find_part
 
 if TYPE_CHECKING:
     import torch
 
 _VOCABULARY_MULTIPLE = 256  # vocabularies are padded to a multiple of 64, 128 or 256, for the sake of the products
+_NAME_ANOTHER = "name the right one in a config file with --teacher-config"
 
 
 class UsableModel(NamedTuple):
@@ -69,6 +71,27 @@ def run_settings(path, section: str) -> dict:
     return config.get(section) or {}
 
 
+def _teacher_of_run(path) -> TeacherConfig:
+    run = run_of(path)
+    if run is None:
+        return TeacherConfig()
+    known = {field.name for field in dataclasses.fields(TeacherConfig)}
+    settings = {key: value for key, value in run_settings(path, "teacher").items() if key in known}
+    settings |= {key: find_part(run, f"teacher.{key}", _NAME_ANOTHER) for key in ("model", "sae")}
+    return TeacherConfig(**settings)
+
+
+def _require_same_teacher(run: Path, teacher) -> None:
+    """Raise `CocomixError` where the run's labels are known to be from another teacher or SAE."""
+    stored = read_json(run / "run.json", "the run's description").get("teacher_fingerprints")
+    found = teacher.fingerprints()
+    if not isinstance(stored, dict) or stored.get("dtype") != found["dtype"]:
+        return
+    for name, key in (("teacher", "teacher.model"), ("sae", "teacher.sae")):
+        if stored.get(name) not in (None, found[name]):
+            raise CocomixError(f"{run} was trained with another {key} than what is in its place now: {_NAME_ANOTHER}")
+
+
 def load_teacher(path, config_path, usable: UsableModel):
     """The `ConceptTeacher` of a config file or else of the run that the model at `path` lies in.
 
@@ -80,16 +103,17 @@ def load_teacher(path, config_path, usable: UsableModel):
     if config_path is not None:
         section = load_config(config_path).teacher
     else:
-        known = {field.name for field in dataclasses.fields(TeacherConfig)}
-        settings = run_settings(path, "teacher")
-        section = TeacherConfig(**{key: value for key, value in settings.items() if key in known})
+        section = _teacher_of_run(path)
         if not section.model or not section.sae:
             raise CocomixError(
-                f"{path} does not say which teacher and SAE its labels come from: name a config file "
-                "with --teacher-config"
+                f"{path} does not say which teacher and SAE its labels come from: name a config file with "
+                "--teacher-config"
             )
     model = usable.model
     teacher = ConceptTeacher.from_config(section, model.device)
+    run = run_of(path)
+    if config_path is None and run is not None:
+        _require_same_teacher(run, teacher)
     if teacher.model.config.vocab_size < max(usable.tokenizer.get_vocab().values()) + 1:
         raise CocomixError(
             f"the teacher {section.model} knows {teacher.model.config.vocab_size} ids, fewer than the "

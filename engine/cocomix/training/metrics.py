@@ -16,6 +16,7 @@ from cocomix.core.config import TrainConfig
 from cocomix.core.errors import CocomixError
 from cocomix.core.extras import needs
 from cocomix.core.files import atomic_write, explain_full_disk
+from cocomix.core.output import printable
 from cocomix.core.records import is_number
 
 
@@ -35,7 +36,8 @@ class MetricsLog:
 
     Opening drops the lines after step `from_step` (what a resumed run will write again). Every line is one JSON
     object with `kind` ("train", "eval", "event" or "summary"), `step` and `tokens`, and a checksum of the rest.
-    `n_lines` is how many there are.
+    `n_lines` is how many there are. `settings` are the JSON values of the run's record, of which Weights & Biases knows
+    the run by `id`.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, from_step: int, settings: dict):
@@ -54,18 +56,24 @@ class MetricsLog:
             if self._tensorboard is not None:
                 for name, value in numbers.items():
                     self._tensorboard.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log({**numbers, "tokens": tokens}, step=step)
+        self._log_to_wandb(step, tokens, numbers)
 
     def event(self, event: str, step: int, tokens: int, **values) -> None:
         """Append a line about a single step that was out of the ordinary."""
         with explain_full_disk(self._path):
             self._append({"kind": "event", "event": event, "step": step, "tokens": tokens, **values})
+        loss = values.get("loss")
+        self._log_to_wandb(step, tokens, {f"event/{event}": 1} | ({} if loss is None else {"event/loss": loss}))
 
-    def _append(self, record):
+    def _append(self, record: dict[str, Any]) -> None:
         self._file.write(_as_line(record))
         self._file.flush()
         self.n_lines += 1
+
+    def _log_to_wandb(self, step: int, tokens: int, numbers: dict[str, Any]) -> None:
+        if self._wandb is not None:
+            # Not as its own step: it drops what is logged for a step that lies before its last, as a resumed run does.
+            self._wandb.log({**numbers, "step": step, "tokens": tokens})
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the evaluation of a step is there: a run that was killed at its end makes it again."""
@@ -165,7 +173,11 @@ def _open_tensorboard(folder, from_step):
 def _open_wandb(folder, project, settings):
     with needs("train.wandb_project", "wandb", "cocomix[wandb]"):
         import wandb  # pyright: ignore[reportMissingImports]  an optional library
-    return wandb.init(project=project, name=folder.name, dir=folder, config=settings, resume="allow", id=folder.name)
+    identity = settings.get("id") or folder.name  # earlier versions called it by its folder, wherever that lay
+    run = wandb.init(project=project, name=folder.name, dir=folder, config=settings, resume="allow", id=identity)
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")  # the axis of all figures
+    return run
 
 
 def progress_bar(title: str, total_steps: int, done: int, shown: bool):
@@ -174,7 +186,7 @@ def progress_bar(title: str, total_steps: int, done: int, shown: bool):
     return (tqdm if on_terminal else _Lines)(
         total=total_steps,
         initial=done,
-        desc=title,
+        desc=printable(title),  # tqdm adds codes of its own to a title with codes
         unit="step",
         disable=not shown,
         dynamic_ncols=on_terminal,

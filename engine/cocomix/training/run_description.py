@@ -13,13 +13,21 @@ from cocomix.core.shapes import student_shape
 from cocomix.data.token_files import TokenFiles
 from cocomix.distributed.ranks import Ranks
 from cocomix.teacher.supervision import Supervision
-from cocomix.training.run_record import DataRecord, RunRecord
+from cocomix.training.run_places import fingerprints_of, places_of
+from cocomix.training.run_record import DataRecord, RunRecord, new_id
 
 
 def describe_run(
-    config: Config, tokens: TokenFiles, supervision: Supervision, ranks: Ranks, n_parameters: int
+    config: Config,
+    tokens: TokenFiles,
+    supervision: Supervision,
+    ranks: Ranks,
+    n_parameters: int,
+    fingerprints: dict[str, str] | None = None,
 ) -> RunRecord:
-    """What the run says of itself; `n_parameters` counts the student's, on all ranks together."""
+    """What the run says of itself, as one that begins; `n_parameters` counts the student's, on all ranks together;
+    `fingerprints` are those of `supervision`, where they are known."""
+    of_labels = f"the {CONCEPT_LABELS}' "
     return RunRecord(
         name=Path(config.train.run).name,
         method=config.model.mixing,
@@ -40,7 +48,15 @@ def describe_run(
             train_tokens=tokens.split("train").n_tokens,
             val_tokens=tokens.split("val").n_tokens,
             val_unigram_perplexity=tokens.meta.val_unigram_perplexity,
+            fingerprints=fingerprints_of(tokens),
         ),
+        id=new_id(),
+        paths=places_of(config),
+        teacher_fingerprints={
+            name.removeprefix(of_labels): value
+            for name, value in (fingerprints or {}).items()
+            if name.startswith(of_labels)
+        },
     )
 
 

@@ -1,7 +1,8 @@
 """What a run says of itself: `run.json`, written when training starts, and read by whoever looks at the run later."""
 
 import dataclasses
-from dataclasses import dataclass
+import secrets
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,22 @@ _RENAMED = {"mode": "method", "labels": "concept_labels"}  # keys of version 0.1
 
 @dataclass(frozen=True)
 class DataRecord:
-    """What a run trains on: numbers of token ids and of tokens, and the perplexity of a unigram model of the training
-    split on the validation split."""
+    """What a run trains on: numbers of token ids and of tokens, the perplexity of a unigram model of the training split
+    on the validation split, and the splits' SHA-256 by their names (none in runs of earlier versions)."""
 
     vocab_size: Count
     train_tokens: Count
     val_tokens: Count
     val_unigram_perplexity: Positive
+    fingerprints: dict[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a file or folder lay when a run was trained: from the run's folder, and on the machine."""
+
+    relative: str
+    absolute: str
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,9 @@ class RunRecord:
     "online", None for nowhere); `flops_per_token` counts forward and backward with the teacher's work where that is
     done online (None in runs of early versions), `supervision_flops_per_token` that work alone, online or when the
     cache was made (None where a cache does not tell); `config` holds the settings by section; `branched_from` is None
-    where the run began at its first step.
+    where the run began at its first step; `id` tells the run from others whose folders have the same name (None in runs
+    of earlier versions); `paths` says where what its settings name lay, and `teacher_fingerprints` which teacher and
+    SAE its concept labels are from, see `training.run_places` (empty in runs of earlier versions).
     """
 
     name: str
@@ -65,6 +77,9 @@ class RunRecord:
     data: DataRecord
     branched_from: Branch | None = None
     supervision_flops_per_token: float | None = None
+    id: str | None = None
+    paths: dict[str, Place] = field(default_factory=dict[str, Place])
+    teacher_fingerprints: dict[str, str] = field(default_factory=dict[str, str])
 
     def cost(self, tokens: float) -> list[tuple[float, float]] | None:
         """What training on the first `tokens` tokens takes, as the corners of a line from (0, 0) on: tokens, and
@@ -108,6 +123,16 @@ class RunRecord:
         if record.method not in MIXING:
             raise CocomixError(f"{path}: method is {record.method!r}; it must be one of {', '.join(MIXING)}")
         return record
+
+
+def new_id() -> str:
+    """What no other run is called: 16 hexadecimal digits."""
+    return secrets.token_hex(8)
+
+
+def recorded_id(run: Path) -> str | None:
+    """The id of the run in `run`; None where an earlier version began it. Where its record is gone, a new one."""
+    return RunRecord.read(run).id if (run / FILE_NAME).is_file() else new_id()
 
 
 def recorded_branch(run: Path) -> str | None:

@@ -13,7 +13,8 @@ from cocomix.core.errors import CocomixError
 from cocomix.distributed.checkpoint import latest_checkpoint
 from cocomix.distributed.ranks import process_group
 from cocomix.training.memory_warning import MemoryWarning
-from cocomix.training.run_record import FILE_NAME, RunRecord
+from cocomix.training.run_places import SAE, TEACHER, find_part
+from cocomix.training.run_record import FILE_NAME
 from cocomix.training.schedule import decay_start
 from cocomix.training.trainer import train
 
@@ -30,7 +31,7 @@ def train_self_taught(
     run = Path(config.train.run)
     known = branch_from if branch_from is not None else run
     if (known / FILE_NAME).is_file():
-        config = _with_teacher_of(config, RunRecord.read(known))
+        config = _with_teacher_of(config, known)
     if branch_from is not None or latest_checkpoint(run) is not None:
         return train(config, resume, branch_from, memory_warning)
     first = first_part(config)
@@ -74,10 +75,10 @@ def first_part(config: Config) -> Config:
     return first
 
 
-def _with_teacher_of(config: Config, record: RunRecord) -> Config:
+def _with_teacher_of(config: Config, run: Path) -> Config:
     """The config with the teacher that a run is recorded with."""
-    found = record.config.get("teacher", {})
-    teacher = dataclasses.replace(config.teacher, model=found.get("model"), sae=found.get("sae"))
+    model, sae = (find_part(run, key, "put back what was there") for key in (TEACHER, SAE))
+    teacher = dataclasses.replace(config.teacher, model=model, sae=sae)
     return dataclasses.replace(config, teacher=teacher)
 
 

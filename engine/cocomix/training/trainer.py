@@ -24,7 +24,7 @@ from cocomix.training.memory_warning import MemoryWarning, warn_of_memory
 from cocomix.training.resume import code_fingerprint, grows, identity, precision_begun_with, require_same_run
 from cocomix.training.run_description import describe_run
 from cocomix.training.run_log import RunLog
-from cocomix.training.run_record import Branch, recorded_branch
+from cocomix.training.run_record import Branch, recorded_branch, recorded_id
 from cocomix.training.save_policy import SavePolicy
 from cocomix.training.stop_requests import StopRequests
 from cocomix.training.train_step import TrainStep, build_student, training_batches
@@ -97,7 +97,8 @@ class Trainer:
         tokens.split("val").n_windows(config.data.seq_len)  # raises where there is none
         tokenizer = tokens.tokenizer()
         self.supervision = Supervision.from_config(config, tokens, ranks.device)
-        self.identity = identity(config, self.train_split.fingerprint, self.supervision.fingerprints())
+        fingerprints = self.supervision.fingerprints()
+        self.identity = identity(config, self.train_split.fingerprint, fingerprints)
         require_agreement(ranks, self.identity | {"the code": code_fingerprint()})
         if ranks.is_first:
             for name in (STUDENT, TEACHER) if self.supervision.teachers else (STUDENT,):
@@ -106,7 +107,7 @@ class Trainer:
         warn_of_memory(memory_warning, config, tokens.vocab_size, ranks)
         model = build_student(config, tokens.vocab_size, tokens.eot_id)
         n_parameters = sum(parameter.numel() for parameter in model.parameters())  # at stage 3 they become empty
-        self.record = describe_run(config, tokens, self.supervision, ranks, n_parameters)
+        self.record = describe_run(config, tokens, self.supervision, ranks, n_parameters, fingerprints)
         self.engine = build_engine(model, config, ranks.device, ranks.world)
         limit_waiting(config.train.timeout_minutes)
         self.train_step = TrainStep(self.engine, self.supervision, ranks)
@@ -165,7 +166,9 @@ class Trainer:
             self.saves.saved_step = self.step
             self.logged_lines = state.get("logged_lines", 0)  # runs of earlier versions did not count them
             branch = state.get("branched_from")  # runs of earlier versions have none
-            self.record = dataclasses.replace(self.record, branched_from=branch and Branch(**branch))
+            self.record = dataclasses.replace(
+                self.record, branched_from=branch and Branch(**branch), id=recorded_id(self.run)
+            )
             if self.ranks.is_first and changes:
                 print(f"{self.run} continues after step {self.step} with changes: {'; '.join(changes)}")
             return state["elapsed_s"]

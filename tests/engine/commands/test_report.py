@@ -1,4 +1,10 @@
+import os
+import subprocess
+import sys
+
+import pytest
 from command_helpers import one_line
+from run_files import write_run
 
 from cocomix.cli import main
 
@@ -29,3 +35,20 @@ def test_the_table_of_runs_stands_above_what_was_measured(monkeypatch, capsys):
         "(['p', 'q'], 'b', 'a')",
         "report: folder: ['run one', 'run two'], ['section']",
     ]
+
+
+@pytest.mark.parametrize("where", ["an ASCII file", "a reader that leaves at once"])
+def test_the_page_is_written_wherever_the_table_is_printed_to(tmp_path, where):
+    write_run(tmp_path / "run")
+    command = [sys.executable, "-m", "cocomix", "report", str(tmp_path / "run"), "--out", str(tmp_path / "é–")]
+    command += ["--json", str(tmp_path / "figures.json")]
+    reading, writing = os.pipe()
+    os.close(reading)
+    stdout = open(tmp_path / "out", "w") if where == "an ASCII file" else os.fdopen(writing, "w")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": "1"}
+    with stdout:
+        done = subprocess.run(command, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == (0 if where == "an ASCII file" else 141) and "Traceback" not in done.stderr, done.stderr
+    assert (tmp_path / "é–/report.html").exists() and (tmp_path / "figures.json").exists()
+    if where == "an ASCII file":
+        assert r"/\xe9\u2013/report.html" in (tmp_path / "out").read_text()

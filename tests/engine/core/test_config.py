@@ -1,4 +1,5 @@
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -255,6 +256,53 @@ def test_an_override_that_does_not_fit_is_named(write, override):
     assert str(raised.value).startswith(f"override {override!r}: ")
 
 
+@pytest.mark.parametrize("text", ["a: [", "out: x\na: b: c"])
+def test_what_is_no_yaml_is_named_with_its_line_in_one(write, text):
+    path = write(text)
+    with pytest.raises(CocomixError) as raised:
+        load(path)
+    assert re.fullmatch(rf"{path}, line [12], column \d: this is not valid YAML: .+", str(raised.value))
+
+
+def test_a_file_that_cannot_be_read_is_not_called_bad_yaml(tmp_path):
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    with pytest.raises(CocomixError, match="loop.yaml"):
+        load(tmp_path / "loop.yaml")
+
+
+# --- names are kept as they are
+
+
+@pytest.mark.parametrize(
+    "name", ["a ", " a", "a\nb", "a\n", "007", "1e3", "1_0", "true", "a #b", "a: b", "[a", "x\x1b"]
+)
+def test_a_name_in_an_override_is_taken_as_it_stands(write, name):
+    assert load(write(""), f"train.run={name}").train.run == name
+    assert load(write(""), "out=o", f"data.folder=${{out}}/{name}").data.folder == f"o/{name}"
+    assert load(write(""), f"labels.cache={name}").concept_labels.cache == name
+
+
+def test_a_name_in_quotes_is_read_as_yaml_and_null_is_none(write):
+    assert load(write(""), "train.run='a '").train.run == "a "
+    assert load(write(""), 'train.run="a\\nb"').train.run == "a\nb"
+    assert load(write("concept_labels: {cache: here}"), "concept_labels.cache=null").concept_labels.cache is None
+    with pytest.raises(CocomixError, match="train.run"):
+        load(write(""), "train.run=null")
+
+
+@pytest.mark.parametrize("value", ["007", "1e3", "2024_01", "true"])
+def test_a_name_that_yaml_reads_as_something_else_is_refused(write, value):
+    path = write(f"train: {{run: {value}}}")
+    with pytest.raises(CocomixError, match="train.run is .* to YAML: put it into quotes"):
+        load(path)
+    assert load(write(f"train: {{run: '{value}'}}")).train.run == value
+
+
+def test_an_override_that_is_no_utf_8_is_one_line(write):
+    with pytest.raises(CocomixError, match="this is not UTF-8"):
+        load(write(""), "train.run=\udcff")
+
+
 # --- values that contradict each other
 
 
@@ -343,6 +391,9 @@ def test_numbers_that_are_none_are_refused(write, value):
             ["model.concept_every=9", "data.seq_len=8"],
             "model.concept_every (9) must be at most data.seq_len (8): no window would have a concept position",
         ),
+        (["model.n_embd=1", "model.n_head=1"], "model.n_embd must be at least 2: concepts are scaled to the spread"),
+        (["distillation.weight=1e31"], "distillation.weight must be at most 1e+30: losses are numbers of 32 bits"),
+        (["model.n_layer=65537"], "model.n_layer must be at most 65536: a model's weights are listed"),
         (["model.insert_layer=8"], "model.insert_layer (8) must be at least 0 and below model.n_layer (8)"),
         (["model.insert_layer=-1"], "model.insert_layer (-1) must be at least 0 and below model.n_layer (8)"),
         (["model.concept_dim=31"], "model.concept_topk (32) must be at most model.concept_dim (31)"),
@@ -392,3 +443,28 @@ def test_the_limits_themselves_are_allowed(write):
 
 def test_a_plain_model_needs_no_concept_settings(write):
     load(write(""), "model.mixing=none", "model.insert_layer=99", "model.concept_dim=100000")
+
+
+# --- extreme values
+
+
+NUMBERS = ["0", "1", "-1", "2", "1e300", "1e-320", str(10**20), ".nan", ".inf", "-.inf"]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        f"{section.name}.{setting.name}"
+        for section in dataclasses.fields(Config)
+        if dataclasses.is_dataclass(section.default_factory)
+        for setting in dataclasses.fields(section.default_factory)
+        if setting.type is not bool
+    ],
+)
+def test_any_number_is_taken_or_refused_in_one_line(write, key):
+    path = write("")
+    for number in NUMBERS:
+        try:
+            load(path, f"{key}={number}")
+        except CocomixError as error:
+            assert str(error).startswith((str(path), "override")) and "\n" not in str(error)

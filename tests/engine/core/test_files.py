@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,8 +15,10 @@ from cocomix.core import files
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import (
     atomic_folder,
+    atomic_path,
     atomic_write,
     explain_full_disk,
+    final_name,
     read_json,
     require_space,
     sha256_of_file,
@@ -400,3 +403,26 @@ def test_what_killed_processes_left_is_swept_and_nothing_else(tmp_path):
     sweep_leftovers(tmp_path, of_this_process=True)
     assert {path.name for path in tmp_path.iterdir()} == kept - {living}
     sweep_leftovers(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("needed", "free", "said"),
+    [
+        (3000, 12, "it needs 3,000 bytes and .* has 12 bytes free"),
+        (2**20 + 1, 2**20, "it needs 1,048,577 bytes and .* has 1,048,576 bytes free"),
+        (64 * 2**20, 100 * 2**10, "it needs 64 MiB and .* has 100 KiB free"),
+    ],
+)
+def test_the_room_that_is_missing_is_said_in_a_unit_that_shows_it(tmp_path, monkeypatch, needed, free, said):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(CocomixError, match=said):
+        require_space(tmp_path / "file", needed)
+
+
+def test_what_is_written_aside_is_known_by_its_final_name(tmp_path):
+    with atomic_path(tmp_path / "a.json") as aside:
+        assert final_name(str(aside)) == str(tmp_path / "a.json") and final_name(aside.name) == "a.json"
+        aside.write_text("{}")
+    assert final_name("runs/.model.0123abcd.77.part/weights") == "runs/model/weights"
+    for name in ("a.part", ".hidden", "x/.a.part/b", "y.model.0123abcd.77.part"):
+        assert final_name(name) == name

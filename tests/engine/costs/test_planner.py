@@ -447,7 +447,7 @@ def test_the_shipped_clusters_are_found_by_name_and_others_by_file(tmp_path, mon
         ("memory_tb_s: 0", "memory_tb_s must be positive"),
         ("overlap: 1.5", "overlap is a share"),
         ("reserved_gb: 90", "leaves nothing"),
-        ("[1", "is not valid YAML"),
+        ("[1", r"line \d, column \d: this is not valid YAML: "),
         ("- 1", "holds no settings"),
     ],
 )

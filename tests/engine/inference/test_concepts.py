@@ -1,5 +1,6 @@
 """`cocomix concepts`: what a text's tokens show, the survey of a corpus, names, and the page."""
 
+import io
 import json
 import re
 import shutil
@@ -12,7 +13,9 @@ from run_helpers import LATENTS, SEQ_LEN
 from usable_helpers import error_of, world_of_runs
 
 from cocomix.cli import main
+from cocomix.core.errors import CocomixError
 from cocomix.inference.concept_reading import agreement, read_text
+from cocomix.inference.concepts import Request, run
 from cocomix.inference.loading import load_teacher, load_usable
 
 TEXT = "the quick brown cat jumps over a lazy dog and sleeps under the tree, or eats."
@@ -31,6 +34,22 @@ def usable(world):
 @pytest.fixture(scope="module")
 def reading(world, usable):
     return read_text(usable, TEXT, 1000, load_teacher(world.folder / "run", None, usable))
+
+
+def test_the_page_is_there_before_anything_is_printed(world, tmp_path, monkeypatch):
+    class Unread(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stdout", Unread())
+    with pytest.raises(BrokenPipeError):
+        run(world.folder / "run", Request(text=TEXT, out=str(tmp_path / "page.html")))
+    assert (tmp_path / "page.html").stat().st_size > 1000
+
+
+def test_a_text_that_is_no_utf_8_is_refused(world):
+    with pytest.raises(CocomixError, match="--text is not UTF-8"):
+        run(world.folder / "run", Request(text="a\udcffb"))
 
 
 class Page(HTMLParser):

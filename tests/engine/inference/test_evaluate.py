@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from cocomix.cli import main
 from cocomix.core.errors import CocomixError
+from cocomix.data.preparation import prepare
 from cocomix.data.token_files import TokenFiles
 from cocomix.inference.evaluate import evaluate_checkpoint
 
@@ -91,6 +92,39 @@ def test_what_does_not_fit_is_one_line_and_exit_code_2(world, capsys, arguments,
     error = capsys.readouterr().err
     assert error.startswith("cocomix eval: error: ") and error.count("\n") == 1
     assert message in error
+
+
+@pytest.fixture
+def tree(world, tmp_path, monkeypatch):
+    """A tree with a run that was trained in it, by relative paths; it is the working directory."""
+    tree = tmp_path / "tree"
+    for name in ("data", "teacher", "sae"):
+        shutil.copytree(world.folder / name, tree / name)
+    monkeypatch.chdir(tree)
+    relative = ["data.folder=data", "teacher.model=teacher", "teacher.sae=sae", "train.run=runs/run"]
+    assert main(["train", str(world.config), *relative, "train.tokens=256"]) == 0
+    return tree
+
+
+def test_the_data_of_a_moved_run_are_found_and_no_others_are_read(tree, tmp_path, world, monkeypatch, capsys):
+    perplexity = evaluate_checkpoint("runs/run")
+    same_tokenizer = f"data.tokenizer={world.folder}/data/tokenizer"
+    others = tmp_path / "elsewhere/data"
+    prepare(world.load("data.val_fraction=0.3", same_tokenizer, f"data.folder={others}").data)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert evaluate_checkpoint("../tree/runs/run") == perplexity
+    tree = tree.rename(tmp_path / "moved")
+    assert evaluate_checkpoint(tree / "runs/run") == perplexity
+    shutil.rmtree(tree / "data")
+    capsys.readouterr()
+    assert main(["eval", str(tree / "runs/run/model")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"was trained on other token files: the SHA-256 of {others}/train.bin" in error
+    assert evaluate_checkpoint(tree / "runs/run", "data") != perplexity  # those that are named are read
+    shutil.rmtree(others)
+    assert main(["eval", str(tree / "runs/run")]) == 2
+    error = capsys.readouterr().err
+    assert "are gone: there are none in" in error and "name them with --data FOLDER" in error
 
 
 def test_a_damaged_model_is_a_user_error(world, tmp_path):

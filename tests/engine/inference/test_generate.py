@@ -100,6 +100,11 @@ def test_beams_are_a_beam_search(usable):
     assert text != greedy_by_hand(usable, PROMPTS[0], 4)
 
 
+def test_a_prompt_that_is_no_utf_8_is_one_line(world, capsys):
+    assert generate(world, "--prompt", "a\udcffb") == 2
+    assert r"the prompt 'a\udcffb' is not UTF-8" in error_of(capsys, "generate")
+
+
 def test_an_empty_prompt_starts_a_document(usable):
     [text] = continue_texts(usable, [""], Sampling(max_new_tokens=3))
     ids = torch.tensor([[usable.tokenizer.eos_token_id]])

@@ -1,11 +1,13 @@
 import errno
 import io
 import json
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
+from run_helpers import STEPS, stop_at
 
 from cocomix.core.checksums import of_value
 from cocomix.core.config import TrainConfig
@@ -117,6 +119,101 @@ def test_a_missing_logger_says_how_to_get_it(tmp_path, monkeypatch, module, sett
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(CocomixError, match=message):
         open_log(tmp_path, **settings)
+
+
+class Wandb:
+    """A stand-in for the library, with its rules: a run that is resumed goes on behind its last step, and what is
+    logged for an earlier step than that is dropped."""
+
+    def __init__(self):
+        self.runs: dict[str, WandbRun] = {}
+
+    def init(self, project, name, dir, config, resume, id):
+        assert resume == "allow" and (project, name) == ("p", dir.name)
+        return self.runs.setdefault(id, WandbRun())
+
+
+class WandbRun:
+    def __init__(self):
+        self.rows, self.last_step, self.axes, self.is_open = [], -1, {}, True
+
+    def define_metric(self, name, step_metric=None):
+        self.axes[name] = step_metric
+
+    def log(self, values, step=None):
+        step = self.last_step + 1 if step is None else step
+        if step >= self.last_step:
+            self.rows.append(values)
+            self.last_step = step
+
+    def finish(self):
+        self.is_open = False
+
+    def points(self, name):
+        """What a chart of a figure shows: its values over its axis."""
+        axis = self.axes.get("*")
+        return [(row[axis] if axis else index, row[name]) for index, row in enumerate(self.rows) if name in row]
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    return wandb
+
+
+def test_wandb_gets_every_figure_over_steps_again_after_a_resume_and_events(tmp_path, wandb):
+    fill(tmp_path, 4, wandb_project="p")
+    log = open_log(tmp_path, from_step=2, wandb_project="p")
+    log.write("train", 3, 384, ntp_loss=9.0, concept_loss=None)
+    log.event("spike", 4, 512, loss=12.0, windows=[1, 2])
+    log.event("skipped", 5, 640, loss=None, windows=[3])
+    log.close()
+    [run] = wandb.runs.values()
+    assert run.points("train/ntp_loss") == [(1, 3.0), (2, 3.0), (3, 3.0), (4, 3.0), (3, 9.0)]
+    assert run.points("tokens")[-3:] == [(3, 384), (4, 512), (5, 640)]
+    assert run.points("event/spike") == [(4, 1)] and run.points("event/loss") == [(4, 12.0)]
+    assert run.points("event/skipped") == [(5, 1)] and not run.points("train/concept_loss")
+    assert not run.is_open
+
+
+def test_runs_whose_folders_have_one_name_stay_apart_at_wandb(world, wandb, monkeypatch):
+    options = ["train.wandb_project=p", "model.mixing=none"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        assert world.train("wandb/run", *options) == 75
+    assert world.train("elsewhere/run", *options) == 0
+    [first, second] = wandb.runs.values()
+    assert len(second.points("train/loss")) == STEPS > len(first.points("train/loss"))
+    shutil.rmtree(world.folder / "wandb/run/checkpoints/step-00000007")  # step 4 is the newest that is left
+    assert world.train("wandb/run", *options, resume=True) == 0
+    assert list(wandb.runs.values()) == [first, second]  # it goes on with its own
+    assert [step for step, _ in first.points("train/loss")] == [*range(1, 8), *range(5, STEPS + 1)]
+    shutil.rmtree(world.folder / "wandb/run")
+    assert world.train("wandb/run", *options) == 0
+    assert len(wandb.runs) == 3  # it starts over
+
+
+def test_a_branch_is_a_run_of_its_own_at_wandb(world, wandb):
+    options = ["train.wandb_project=p", "model.mixing=none", "train.keep_checkpoints=9"]
+    assert world.train("trunk", *options, "train.schedule=constant") == 0
+    assert world.train("branch", *options, "train.schedule=wsd", branch_from="trunk") == 0
+    trunk, branch = wandb.runs.values()
+    steps = [[step for step, _ in run.points("train/loss")] for run in (trunk, branch)]
+    assert steps == [list(range(1, STEPS + 1)), list(range(9, STEPS + 1))]
+
+
+def test_a_run_of_an_earlier_version_is_resumed_under_the_name_that_it_had(world, wandb, monkeypatch):
+    options = ["train.wandb_project=p", "model.mixing=none"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        assert world.train("earlier", *options) == 75
+    file = world.folder / "earlier/run.json"
+    record = json.loads(file.read_text())
+    del record["id"]
+    file.write_text(json.dumps(record))
+    assert world.train("earlier", *options, resume=True) == 0
+    assert list(wandb.runs)[1:] == ["earlier"]
 
 
 class FullDisk(io.StringIO):

@@ -5,7 +5,7 @@ import pytest
 from record_helpers import RECORD
 
 from cocomix.core.errors import CocomixError
-from cocomix.training.run_record import Branch, RunRecord
+from cocomix.training.run_record import Branch, RunRecord, new_id, recorded_id
 
 DATA = RECORD.as_json()["data"]
 
@@ -34,6 +34,17 @@ def test_records_of_version_0_1_are_read_under_the_names_of_today(tmp_path):
         del values[key]
     (tmp_path / "run.json").write_text(json.dumps(values))
     assert RunRecord.read(tmp_path) == dataclasses.replace(RECORD, flops_per_token=None)
+
+
+def test_a_run_has_an_id_but_for_those_of_earlier_versions(tmp_path):
+    dataclasses.replace(RECORD, id=new_id()).write(tmp_path)
+    assert recorded_id(tmp_path) == RunRecord.read(tmp_path).id != new_id()
+    values = RECORD.as_json()
+    del values["id"]
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    assert recorded_id(tmp_path) is None
+    (tmp_path / "run.json").unlink()
+    assert recorded_id(tmp_path) != recorded_id(tmp_path)
 
 
 def test_keys_of_a_later_version_are_no_error(tmp_path):
