@@ -8,12 +8,14 @@ or it may say what it did about the damaged file. All else is bad: another resul
 lines, a crash, a process that does not end. Exit code 1 where something bad was found.
 
 This process imports everything once and forks the commands from itself: most cases take less than half a second.
-Cases follow from the seed and their number, in the same world to the byte: --world keeps one.
+Cases follow from the seed and their number, in the same world to the byte: --world keeps one, since two differ in what
+is measured in them.
 """
 
 import argparse
 import ctypes
 import dataclasses
+import hashlib
 import importlib
 import json
 import os
@@ -46,9 +48,11 @@ from cocomix.cli import main as cocomix_main
 
 PATIENCE_S = 60.0
 MEMORY_BYTES, FILE_BYTES = 4 << 30, 256 << 20  # that a command may take beyond what it begins with, and write
+LONGEST_LINE = 300  # of what is shown of it
 GOOD = ("error", "right", "said", "cannot be told")
 BAD = ("silent", "traceback", "lines", "crash", "hang", "other code")
 _BAR = re.compile(r"\d+%\||\[\d+:\d\d[<,]|\bB/s\]|tok/s\]|step/s\]")
+_MISSING = "newly initialized because missing"  # what transformers says of weights that a file should have held
 _NUMBER = re.compile(r"\d+([.,]\d+)*(e[-+]?\d+)?")
 
 
@@ -163,12 +167,20 @@ class Running:
     def case(self, run: Run, clean: Run) -> Case:
         """It, classified by what there would have been without damage."""
         outcome = classify(run, clean, self.file)
-        if outcome == "silent" and self.kind.untold:
+        if outcome == "silent" and self.kind.untold and _MISSING not in run.errors:
             outcome = "cannot be told"
-        lines = [line for line in run.errors.splitlines() if line.strip()]
-        last_line = lines[-1][:300] if lines else ""
         seconds = time.monotonic() - self._began
-        return Case(self.number or 0, self.kind.name, str(self.file), self.damage, outcome, last_line, seconds)
+        return Case(
+            self.number or 0, self.kind.name, str(self.file), self.damage, outcome, last_line(run.errors), seconds
+        )
+
+
+def last_line(errors: str) -> str:
+    """What a command said last, progress bars aside; of a traceback, where in the program it came from too."""
+    lines = [line for line in errors.splitlines() if line.strip() and not _BAR.search(line)]
+    frames = re.findall(r'File "\S*?(cocomix/[^"]+)", line (\d+), in (\S+)', errors)
+    where = f"{frames[-1][0]}, line {frames[-1][1]}, {frames[-1][2]}: " if frames else ""
+    return where + lines[-1][:LONGEST_LINE] if lines else ""
 
 
 def classify(run: Run, clean: Run, file: Path) -> str:
@@ -216,6 +228,17 @@ class Harness:
         if not world.exists():
             in_a_child(lambda: make_world(world))
         self._clean: dict[tuple, Run] = {}
+        self._as_made = self._fingerprint()
+
+    def _fingerprint(self) -> dict[Path, bytes]:
+        """What the world holds."""
+        files = [file for file in self.world.rglob("*") if file.is_file()]
+        return {file: hashlib.sha256(file.read_bytes()).digest() for file in files}
+
+    def require_untouched(self) -> None:
+        """Raise `RuntimeError` where a command has changed the world of which it had a copy."""
+        if self._fingerprint() != self._as_made:
+            raise RuntimeError(f"{self.world} has changed: a command wrote into a file that it had found")
 
     def clean(self, kind: Kind) -> Run:
         """What the command of a kind leaves without damage; twice, since it must be the same to be compared with."""
@@ -252,6 +275,7 @@ class Harness:
                     if len(cases) % 50 == 0:
                         print(f"{len(cases)} of {len(numbers)} cases", file=sys.stderr, flush=True)
             time.sleep(0.002)
+        self.require_untouched()
         return sorted(cases, key=lambda case: case.number)
 
 

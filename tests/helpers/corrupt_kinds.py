@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-STATE, LAST_STEP = "stopped/checkpoints/step-00000004", 4
+STATE = "stopped/checkpoints/step-00000004"
 SAE_AGAIN = ("sae", "config.yaml", "teacher.sae=begun")
 TRAIN = ("train", "config.yaml", "train.run=new")
 RESUME = ("train", "config.yaml", "train.run=stopped", "--resume")
@@ -20,8 +20,9 @@ CONCEPTS = ("concepts", "run", "--text", "the quick fox", "--corpus-tokens", "25
 TASKS = ("eval", "run", "--tasks", "small_piqa", "--task-folder", "tasks")
 PLAN = ("plan", "config.yaml", "--gpus", "1", "--cluster", "cluster.yaml")
 TIMES = ("elapsed_s", "step_time_s", "tokens_per_s", "step_time_p10_s", "step_time_p90_s", "peak_memory_gib")
-FOREIGN = "another program's weights, without a checksum"
-BY_HAND = "written by hand: another number is another valid input"
+FOREIGN = "another program's model, without a checksum"
+MEASURED = "another program's figures, without a checksum"
+BY_HAND = "written by hand: another value is another valid input"
 
 Result = Callable[[Path, str], Any]  # of the world's folder and what the command printed
 
@@ -29,8 +30,8 @@ Result = Callable[[Path, str], Any]  # of the world's folder and what the comman
 @dataclass(frozen=True)
 class Kind:
     """Files (patterns within the world) of which one is damaged, the command that reads it, and what of its outcome
-    must be as if nothing were damaged. `untold` says why another outcome that nobody notices is nobody's fault, where
-    it is so: for files whose format has no checksum and which this program has not written."""
+    must be as if nothing were damaged. `untold` says why it cannot be told that something is damaged, where it is so:
+    for files whose format has no checksum and which this program has not written."""
 
     what: str
     files: tuple[str, ...]
@@ -61,27 +62,20 @@ def printed(_world: Path, output: str) -> str:
 
 
 def trained(run: str) -> Result:
-    """A run's final weights, and what it has logged but for times; of lines that came before a resume, all."""
+    """A run's model, and what it has logged but for times."""
 
     def result(world: Path, _output: str):
-        log = (world / run / "metrics.jsonl").read_bytes().splitlines()
-        return _digest(world / run / "model/model.safetensors"), [_without_times(line) for line in log]
+        lines = (world / run / "metrics.jsonl").read_bytes().splitlines()
+        return _contents(world, (f"{run}/model/*",)), [_without_times(line) for line in lines]
 
     return result
 
 
 def _without_times(line: bytes):
     try:
-        record = json.loads(line)
-        if record["step"] <= LAST_STEP and record["kind"] != "summary":
-            return line if record["kind"] == "event" else _known_times(record)
-        return {key: value for key, value in record.items() if key not in TIMES}
-    except (ValueError, KeyError, TypeError, RecursionError):
+        return {key: value for key, value in json.loads(line).items() if key not in TIMES}
+    except (ValueError, AttributeError, RecursionError):
         return line
-
-
-def _known_times(record: dict) -> dict:
-    return {key: value for key, value in record.items() if key not in TIMES}
 
 
 def files_of(*patterns: str) -> Result:
@@ -125,15 +119,16 @@ DATA = printed_and_files_of("data/*", "data/tokenizer/*")
 LABELS, SOFT_TARGETS = ("labels/*.bin", "labels/meta.json"), ("soft-targets/*.bin", "soft-targets/meta.json")
 CACHES = files_of(*LABELS, *SOFT_TARGETS)
 NEW_LABELS = files_of("new/*.bin")
-PAGE = printed_and_files_of("report/*")
+PAGE, OUT = printed_and_files_of("report/*"), files_of("out/*")
 
 KINDS = (
     Kind("checkpoint rank-*.safetensors", (f"{STATE}/state/*",), RESUME, RESUMED, reads="train --resume"),
     Kind("checkpoint rank-*.safetensors", (f"{STATE}/state/*",), EVAL, printed),
-    Kind("checkpoint rank-*.safetensors", (f"{STATE}/state/*",), ("export", "stopped", "out"), files_of("out/*")),
+    Kind("checkpoint rank-*.safetensors", (f"{STATE}/state/*",), ("export", "stopped", "out"), OUT),
     Kind("checkpoint trainer.json", (f"{STATE}/trainer.json",), RESUME, RESUMED, reads="train --resume"),
     Kind("checkpoint trainer.json", (f"{STATE}/trainer.json",), EVAL, printed),
     Kind("checkpoint model/*", (f"{STATE}/model/*",), EVAL, printed),
+    Kind("checkpoint model/*", (f"{STATE}/model/*",), ("export", "stopped", "out"), OUT),
     Kind("tokens train.bin", ("data/train.bin",), TRAIN, TRAINED),
     Kind("tokens val.bin", ("data/val.bin",), TRAIN, TRAINED),
     Kind("tokens val.bin", ("data/val.bin",), EVAL, printed),
@@ -151,7 +146,7 @@ KINDS = (
     Kind("cache meta.json", ("labels/meta.json", "soft-targets/meta.json"), TRAIN, TRAINED),
     Kind("cache meta.json", ("labels/meta.json", "soft-targets/meta.json"), ("labels", "config.yaml"), CACHES),
     Kind("run model.safetensors", ("run/model/model.safetensors",), ("eval", "run"), printed),
-    Kind("model folder", ("exported/*",), ("export", "exported", "out"), files_of("out/*")),
+    Kind("model folder", ("exported/*",), ("export", "exported", "out"), OUT),
     Kind("model folder", ("exported/*",), ("generate", "exported", *GENERATE), printed),
     Kind("model folder", ("exported/*",), EVAL_FOLDER, printed),
     Kind("own SAE folder", ("sae/*",), ("labels", "config.yaml", *ALONE), NEW_LABELS),
@@ -159,6 +154,9 @@ KINDS = (
     Kind("OpenAI SAE .pt", ("openai.pt",), ("labels", "config.yaml", "teacher.sae=openai.pt", *ALONE), NEW_LABELS),
     Kind(
         "sae.partial.pt", ("begun.partial.pt",), ("sae", "config.yaml", "teacher.sae=begun"), files_of("begun/*.saf*")
+    ),
+    Kind(
+        "own teacher folder", ("ntp/model/*",), ("sae", "config.yaml", "teacher.sae=new"), files_of("new/*.safetensors")
     ),
     Kind("own teacher folder", ("ntp/model/*",), ("labels", "config.yaml", *ALONE), NEW_LABELS),
     Kind(
@@ -175,7 +173,7 @@ KINDS = (
     Kind("run.json", ("run/run.json",), ("eval", "run"), printed),
     Kind("run.json", ("stopped/run.json",), RESUME, RESUMED, reads="train --resume"),
     Kind("profile JSON", ("profile.json",), ("report", "--profile", "profile.json"), PAGE),
-    Kind("benchmark JSON", ("bench.json",), ("report", "--bench", "bench.json"), PAGE, untold=BY_HAND),
+    Kind("benchmark JSON", ("bench.json",), ("report", "--bench", "bench.json"), PAGE, untold=MEASURED),
     Kind("evaluation results", ("run/evaluations/*",), TASKS, printed, reads="eval --tasks"),
     Kind("concept names", ("run/model/concept_names.json",), (*CONCEPTS, "--concept", "quotes"), printed),
     Kind(

@@ -5,6 +5,8 @@ All paths are relative, so that a copy of the folder works wherever it lies: com
 
 import json
 import os
+import random
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -55,10 +57,12 @@ def make_world(folder: Path) -> None:
     """Fill `folder`, which must not be there; run it in a process of its own, whose working folder it changes."""
     folder.mkdir()
     os.chdir(folder)
+    draw = random.Random(0)
+    secrets.token_hex = lambda length=32: draw.randbytes(length or 32).hex()  # of saves: two worlds then have the same
     Path("config.yaml").write_text(CONFIG)
     write_text(Path("text"), documents=3)
     for file in Path("text").iterdir():
-        os.utime(file, (0, 0))  # token files know them: two worlds then have the same
+        os.utime(file, (0, 0))  # which token files know, likewise
     do("data", "config.yaml")
     do("train", "config.yaml", "train.run=ntp", *NTP)
     do("sae", "config.yaml")
