@@ -245,8 +245,10 @@ class Harness:
         key = kind.command, kind.result
         if key not in self._clean:
             first, second = (self._finish(Running(self, kind, None)) for _ in range(2))
-            if first.code != 0 or first.result != second.result:
-                raise RuntimeError(f"{' '.join(kind.command)} ends with {first.code}, or twice in two ways: {first}")
+            if first.code != 0:
+                raise RuntimeError(f"{' '.join(kind.command)} fails without damage: {last_line(first.errors)}")
+            if first.result != second.result:
+                raise RuntimeError(f"{' '.join(kind.command)} has two results without damage: {first}, {second}")
             self._clean[key] = first
         return self._clean[key]
 

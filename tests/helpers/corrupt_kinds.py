@@ -19,7 +19,8 @@ GENERATE = ("--prompt", "the quick", "--prompt", "a", "--max-new-tokens", "12")
 CONCEPTS = ("concepts", "run", "--text", "the quick fox", "--corpus-tokens", "256", "--out", "concepts.html")
 TASKS = ("eval", "run", "--tasks", "small_piqa", "--task-folder", "tasks")
 PLAN = ("plan", "config.yaml", "--gpus", "1", "--cluster", "cluster.yaml")
-TIMES = ("elapsed_s", "step_time_s", "tokens_per_s", "step_time_p10_s", "step_time_p90_s", "peak_memory_gib")
+MEASURED_KEYS = ("elapsed_s", "step_time_s", "tokens_per_s", "step_time_p10_s", "step_time_p90_s", "peak_memory_gib")
+CHECKSUM_KEYS = ("crc32", "sha256", "checksum")  # of a line, its times among it
 FOREIGN = "another program's model, without a checksum"
 MEASURED = "another program's figures, without a checksum"
 BY_HAND = "written by hand: another value is another valid input"
@@ -73,7 +74,8 @@ def trained(run: str) -> Result:
 
 def _without_times(line: bytes):
     try:
-        return {key: value for key, value in json.loads(line).items() if key not in TIMES}
+        dropped = (*MEASURED_KEYS, *CHECKSUM_KEYS)
+        return {key: value for key, value in json.loads(line).items() if key not in dropped}
     except (ValueError, AttributeError, RecursionError):
         return line
 
