@@ -36,7 +36,7 @@ from pathlib import Path
 
 if __name__ == "__main__":  # before anything reads it: a process with threads must not fork, and nothing is fetched
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", MPLBACKEND="agg")
-    os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
+    os.environ.update(JE_ARROW_MALLOC_CONF="background_thread:false", HF_HOME="hub")  # in a command's working folder
 
 from corrupt_kinds import KINDS, Kind, masked
 from corrupt_world import make_world
@@ -169,10 +169,9 @@ class Running:
         outcome = classify(run, clean, self.file)
         if outcome == "silent" and self.kind.untold and _MISSING not in run.errors:
             outcome = "cannot be told"
-        seconds = time.monotonic() - self._began
-        return Case(
-            self.number or 0, self.kind.name, str(self.file), self.damage, outcome, last_line(run.errors), seconds
-        )
+        by_signal = f"ended by signal {-run.code}" if run.code is not None and run.code < 0 else ""
+        said, seconds = last_line(run.errors) or by_signal, time.monotonic() - self._began
+        return Case(self.number or 0, self.kind.name, str(self.file), self.damage, outcome, said, seconds)
 
 
 def last_line(errors: str) -> str:
