@@ -177,7 +177,9 @@ KINDS = (
     Kind("profile JSON", ("profile.json",), ("report", "--profile", "profile.json"), PAGE),
     Kind("benchmark JSON", ("bench.json",), ("report", "--bench", "bench.json"), PAGE, untold=MEASURED),
     Kind("evaluation results", ("run/evaluations/*",), TASKS, printed, reads="eval --tasks"),
-    Kind("concept names", ("run/model/concept_names.json",), (*CONCEPTS, "--concept", "quotes"), printed),
+    Kind(
+        "concept names", ("run/model/concept_names.json",), (*CONCEPTS, "--concept", "quotes"), printed, untold=BY_HAND
+    ),
     Kind(
         "concept names",
         ("run/model/concept_names.json",),

@@ -22,6 +22,7 @@ from cocomix.core.files import AnyPath
 from cocomix.core.methods import MIXING, predicts_concepts
 from cocomix.core.model_names import first_line
 from cocomix.core.output import encodable
+from cocomix.core.yaml_files import load_yaml, require_shallow
 
 LABELS_BY = ("attribution", "activation")
 ATTENTION_BACKENDS = ("torch", "triton", "flash", "cudnn")
@@ -230,14 +231,7 @@ def _read_with_base(path: Path, seen: list[Path], notes: list[str]) -> tuple[Dic
     place = Path(os.path.realpath(path))
     if place in seen:
         raise CocomixError(f"{path}: its `base:` leads back to itself")
-    try:
-        content = OmegaConf.load(path)
-    except (FileNotFoundError, IsADirectoryError):
-        raise CocomixError(f"no config file at {path}") from None
-    except OSError as error:
-        raise CocomixError(f"{path} cannot be read: {error.strerror}") from None
-    except Exception as error:  # YAML's own errors have no common base that OmegaConf promises
-        raise CocomixError(not_yaml(str(path), error)) from None
+    content = load_yaml(path, "config file")
     if not isinstance(content, DictConfig):
         raise CocomixError(f"{path} holds no settings: expected sections such as `model:` and `train:`")
     base = content.pop("base", None)
@@ -251,14 +245,6 @@ def _read_with_base(path: Path, seen: list[Path], notes: list[str]) -> tuple[Dic
     return content, str(path)
 
 
-def not_yaml(file: str, error: Exception) -> str:
-    """What a YAML reader's error says of a file, in one line with the place in it."""
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    if mark is None or problem is None:
-        return f"{file} is not valid YAML: {first_line(error)}"
-    return f"{file}, line {mark.line + 1}, column {mark.column + 1}: this is not valid YAML: {problem}"
-
-
 def _read_override(text: str, notes: list[str]) -> tuple[DictConfig, str]:
     key, equals, value = text.partition("=")
     if not equals or not key:
@@ -266,7 +252,13 @@ def _read_override(text: str, notes: list[str]) -> tuple[DictConfig, str]:
     if not encodable(text):
         raise CocomixError(f"override {text!r}: this is not UTF-8")
     try:
-        source = OmegaConf.create(_nested(key, value)) if _is_literal(key, value) else OmegaConf.from_dotlist([text])
+        if _is_literal(key, value):
+            source = OmegaConf.create(_nested(key, value))
+        else:
+            require_shallow(value, f"override {key}=...")
+            source = OmegaConf.from_dotlist([text])
+    except CocomixError:
+        raise
     except Exception as error:
         raise CocomixError(f"override {text!r}: {getattr(error, 'problem', None) or first_line(error)}") from None
     source = _with_current_names(source, f"override {text!r}", notes)

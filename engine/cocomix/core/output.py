@@ -1,5 +1,5 @@
-"""What the program says, and what its streams must stand: nobody who reads them (a closed pipe, a terminal that is gone,
-a full disk), an encoding that lacks characters, and a terminal that would obey what a name or a text says."""
+"""What the program says, and what its streams must stand: nobody who reads them (a closed pipe, a terminal that is
+gone, a full disk), an encoding that lacks characters, and a terminal that would obey what a name or a text says."""
 
 import contextlib
 import os

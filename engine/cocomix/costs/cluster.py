@@ -10,8 +10,8 @@ from typing import cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cocomix.core.config import not_yaml
 from cocomix.core.errors import CocomixError
+from cocomix.core.yaml_files import load_yaml
 
 _FOLDERS = (Path("configs/clusters"), Path(__file__).resolve().with_name("cluster_files"))  # the user's own; ours
 
@@ -55,12 +55,7 @@ def load_cluster(name: str) -> Cluster:
             known = ", ".join(known_clusters()) or "none"
             raise CocomixError(f"--cluster {name}: there is no such file; known names: {known}")
         path = found[0]
-    try:
-        content = OmegaConf.load(path)
-    except OSError as error:
-        raise CocomixError(f"{path} cannot be read: {error.strerror}") from None
-    except Exception as error:  # YAML's own errors have no common base that OmegaConf promises
-        raise CocomixError(not_yaml(str(path), error)) from None
+    content = load_yaml(path, "cluster file")
     if not OmegaConf.is_dict(content):
         raise CocomixError(f"{path} holds no settings: expected keys such as gpus_per_node")
     known = [field.name for field in dataclasses.fields(Cluster)]

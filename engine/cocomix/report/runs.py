@@ -8,6 +8,7 @@ from typing import Any
 
 from cocomix.core.errors import CocomixError
 from cocomix.core.methods import labels_name, method_title, predicts_concepts, soft_targets_name
+from cocomix.core.output import note_once
 from cocomix.training.metrics import FILE_NAME as METRICS
 from cocomix.training.metrics import read_metrics
 from cocomix.training.run_record import FILE_NAME, RunRecord
@@ -113,6 +114,11 @@ def load_run(folder) -> Run:
     if not evaluations:
         raise CocomixError(f"{folder} has no evaluation yet: wait for its first one (train.eval_every) and try again")
     summary = records[-1] if records[-1]["kind"] == "summary" else None
+    if summary is None and (folder / "model" / "config.json").is_file():
+        note_once(
+            f"{folder} has a finished model, but no last lines in its {METRICS}: they are lost, unless it is being "
+            "trained further"
+        )
     ordered = [evaluations[tokens] for tokens in sorted(evaluations)]
     return Run(folder, run_record, of_kind["train"], ordered, summary)
 
