@@ -163,7 +163,14 @@ def atomic_folder(path: AnyPath) -> Generator[Path]:
 
 def sweep_leftovers(folder: AnyPath, name: str = "", of_this_process: bool = False) -> None:
     """Delete what killed processes of this machine left half-written in `folder`, of the file or folder `name` there or
-    of all; with `of_this_process` also what an earlier attempt in this one did."""
+    of all; with `of_this_process` also what an earlier attempt in this one did. An old folder that was being replaced
+    takes its place again where the new one had not come, and else goes too."""
+    for old in Path(folder).glob(f".{glob.escape(name) or '*'}.old"):
+        replaced = old.with_name(old.name[1 : -len(".old")])
+        if replaced.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(old, replaced)
     for part in Path(folder).glob(f".{glob.escape(name) or '*'}.*.part"):
         pid = part.name.split(".")[-2]
         if not pid.isdecimal() or (_is_running(int(pid)) and not (of_this_process and int(pid) == os.getpid())):
@@ -263,7 +270,7 @@ def _take_free_name(aside: Path, path: Path) -> bool:
     return True
 
 
-def read_json(path: AnyPath, what: str) -> dict[str, Any]:
+def read_json(path: AnyPath, what: str, must_have_checksum: bool = False) -> dict[str, Any]:
     """Read a JSON object, without the checksum that it may carry. `what` names it in the `CocomixError` that a missing,
     broken or damaged file raises."""
     try:
@@ -278,7 +285,7 @@ def read_json(path: AnyPath, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CocomixError(f"{what} cannot be read: {path} does not hold a JSON object")
     value = cast(dict[str, Any], value)
-    if CHECKSUM in value and value.pop(CHECKSUM) != checksums.of_value(value):
+    if (CHECKSUM in value or must_have_checksum) and value.pop(CHECKSUM, None) != checksums.of_value(value):
         raise CocomixError(
             f"{what} is damaged: the checksum in {path} does not hold; copy it again, or, where it was changed on "
             f"purpose, delete its key {CHECKSUM}"

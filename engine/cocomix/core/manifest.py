@@ -42,7 +42,8 @@ def require_sound(folder: AnyPath, weights: bool = True) -> bool:
     folder = Path(folder)
     if not (folder / FILE).is_file():
         return False
-    listed = as_record(_Manifest, read_json(folder / FILE, "the list of checksums"), folder / FILE)
+    content = read_json(folder / FILE, "the list of checksums", must_have_checksum=True)
+    listed = as_record(_Manifest, content, folder / FILE)
     for name, entry in listed.files.items():
         if weights or not name.endswith(_WEIGHTS):
             _require_as_it_was(folder, name, entry)

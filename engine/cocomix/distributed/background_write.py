@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.storage import StorageWriter
 
 from cocomix.core.files import atomic_path
 from cocomix.distributed.ranks import Ranks
-from cocomix.distributed.state_file import checksums_of
+from cocomix.distributed.state_file import checksums_of, require_finite
 
 # It says so of every file that a rank writes by itself.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -82,6 +82,7 @@ class _SafetensorsFile(StorageWriter):
 
         self._before()
         tensors = {item.index.fqn: cast(torch.Tensor, planner.resolve_data(item)) for item in plan.items}
+        require_finite(tensors, self._path)
         with atomic_path(self._path) as aside:
             save_file(tensors, aside, metadata=self._metadata | checksums_of(tensors))
         written = torch.futures.Future()

@@ -12,11 +12,23 @@ from cocomix.core.errors import CocomixError
 from cocomix.core.output import note_once
 
 _PREFIX = "crc32/"  # of the metadata's keys
+_AT_ONCE = 1 << 24  # elements that are looked at together, so that little memory is needed beside them
 
 
 def checksums_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """The checksums of tensors on the CPU, their names, types and shapes included, as metadata of a file."""
     return {f"{_PREFIX}{name}": _checksum(name, tensor) for name, tensor in tensors.items()}
+
+
+def require_finite(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Raise `CocomixError` where a tensor holds numbers that are not finite: no training goes on from those."""
+    for name, tensor in tensors.items():
+        parts = tensor.reshape(-1).split(_AT_ONCE)
+        if tensor.is_floating_point() and not all(part.isfinite().all() for part in parts):
+            raise CocomixError(
+                f"{path} is not written: {name} holds numbers that are not finite. Go on from the checkpoint before it "
+                "with a lower train.lr, or more train.warmup_steps"
+            )
 
 
 class StateFile:

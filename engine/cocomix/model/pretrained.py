@@ -1,6 +1,8 @@
 """Causal language models of transformers, this program's own among them: loaded frozen, and told apart."""
 
+import contextlib
 import hashlib
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -25,18 +27,44 @@ def load_language_model(path) -> "PreTrainedModel":
     try:
         place = as_transformers_names_it(path)
         has_checksums = require_sound(place)
-        load = cast(Any, AutoModelForCausalLM.from_pretrained)
-        model, loading = load(place, dtype=torch.float32, output_loading_info=True, **OF_MODELS)
+        with _quiet_transformers():
+            load = cast(Any, AutoModelForCausalLM.from_pretrained)
+            model, loading = load(
+                place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **OF_MODELS
+            )
     except Exception as error:  # transformers, safetensors and the hub client have no common base exception
         raise CocomixError(f"cannot load a causal language model from {path}: {first_line(error)}") from None
-    missing = sorted(loading["missing_keys"])
-    if missing:  # which transformers fills with random numbers
-        raise CocomixError(f"cannot load a causal language model from {path}: its weights lack {missing[0]}")
+    _require_all_weights(path, loading)
     if getattr(model.config, "auto_map", None):
         note_once(f"{path} asks for code of its own to be run; it is not")
     if model.config.model_type == "cocomix" and not has_checksums:
         note_once(f"{path} comes without checksums: damage in it may go unnoticed")
     return model.requires_grad_(False).eval()
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Generator[None]:
+    """Inside, transformers prints no report of what it has loaded."""
+    from transformers import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _require_all_weights(path: Any, loading: dict[str, Any]) -> None:
+    """Refuse what transformers would fill with random numbers, and say what it leaves aside."""
+    where = f"cannot load a causal language model from {path}: its weights do not fit its config"
+    for name, stored, expected in sorted(loading["mismatched_keys"]):
+        raise CocomixError(f"{where}: {name} has shape {list(stored)} and should have {list(expected)}")
+    for name in sorted(loading["missing_keys"]):
+        raise CocomixError(f"{where}: {name} is missing")
+    unexpected = sorted(loading["unexpected_keys"])
+    if unexpected:
+        note_once(f"{path} has weights that its model has no place for and that are left aside: {unexpected[0]}, ...")
 
 
 def fingerprint(model: "PreTrainedModel") -> str:

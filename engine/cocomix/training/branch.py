@@ -48,7 +48,7 @@ def _rates_agree(stored: dict[str, Any], config: Config, steps: int) -> bool:
     known = {**settings(Config()), **stored}
     before = TrainConfig(**{field.name: known[f"train.{field.name}"] for field in fields(TrainConfig)})
     total = math.ceil(before.tokens / (before.global_batch * known["data.seq_len"]))
-    if steps > config.total_steps:
+    if steps >= config.total_steps:
         return False
     own, other = learning_rate_factor(config.train, config.total_steps), learning_rate_factor(before, total)
     return all(config.train.lr * own(step) == before.lr * other(step) for step in range(steps))

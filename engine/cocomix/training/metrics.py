@@ -4,7 +4,7 @@ import contextlib
 import json
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +44,17 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / FILE_NAME
         self.n_lines = self._keep_until(from_step)
-        self._file = open(self._path, "a", encoding="utf-8")
+        self._file = open(self._path, "ab", buffering=0)
+        self._unwritten, self._survives_full_disk, self._has_said = b"", config.continue_after_failed_save, False
         self._tensorboard = _open_tensorboard(folder, from_step) if config.tensorboard else None
         self._wandb = _open_wandb(folder, config.wandb_project, settings) if config.wandb_project else None
 
     def write(self, kind: str, step: int, tokens: int, **values) -> None:
-        """Append a line and pass its numbers on."""
-        with explain_full_disk(self._path):
+        """Append a line and pass its numbers on. Raises `CocomixError` on a full disk, unless
+        train.continue_after_failed_save says to go on: lines then follow when there is room again."""
+        numbers = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
+        with self._explain_full_disk():
             self._append({"kind": kind, "step": step, "tokens": tokens, **values})
-            numbers = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
             if self._tensorboard is not None:
                 for name, value in numbers.items():
                     self._tensorboard.add_scalar(name, value, step)
@@ -60,15 +62,28 @@ class MetricsLog:
 
     def event(self, event: str, step: int, tokens: int, **values) -> None:
         """Append a line about a single step that was out of the ordinary."""
-        with explain_full_disk(self._path):
+        with self._explain_full_disk():
             self._append({"kind": "event", "event": event, "step": step, "tokens": tokens, **values})
         loss = values.get("loss")
         self._log_to_wandb(step, tokens, {f"event/{event}": 1} | ({} if loss is None else {"event/loss": loss}))
 
     def _append(self, record: dict[str, Any]) -> None:
-        self._file.write(_as_line(record))
-        self._file.flush()
         self.n_lines += 1
+        self._unwritten += _as_line(record).encode()
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) or 0 :]
+
+    @contextlib.contextmanager
+    def _explain_full_disk(self) -> Generator[None]:
+        try:
+            with explain_full_disk(self._path):
+                yield
+        except CocomixError as error:
+            if not self._survives_full_disk:
+                raise
+            if not self._has_said:
+                tqdm.write(f"training continues, and its figures are written when there is room: {error}", sys.stderr)
+            self._has_said = True
 
     def _log_to_wandb(self, step: int, tokens: int, numbers: dict[str, Any]) -> None:
         if self._wandb is not None:

@@ -174,7 +174,7 @@ class Trainer:
             return state["elapsed_s"]
         if self.branch_from is None:
             return 0.0
-        state, _ = self._go_on_from(branch_point(self.branch_from, self.config), branches=True)
+        state, _ = self._go_on_from(self._branch_point(self.branch_from), branches=True)
         tokens = self.step * self.config.tokens_per_step
         cost = cost_until(self.branch_from, tokens, self.config, self.supervision.teacher_shape)
         branch = Branch(str(self.branch_from), self.step, cost)
@@ -184,6 +184,19 @@ class Trainer:
             grown = ", with new concept layers" if grows(state["identity"], self.identity) else ""
             print(f"{self.run} begins after step {self.step} of {self.branch_from}{grown}")
         return state["elapsed_s"]
+
+    def _branch_point(self, source: Path) -> Path:
+        """What the first rank finds: the other run may be training, and save between two looks."""
+        found, problem = None, None
+        if self.ranks.is_first:
+            try:
+                found = branch_point(source, self.config)
+            except CocomixError as error:
+                problem = str(error)
+        found, problem = self.ranks.from_first((found, problem))
+        if problem is not None:
+            raise CocomixError(problem)
+        return cast(Path, found)
 
     def _go_on_from(self, checkpoint: Path, branches: bool = False) -> tuple[dict, list[str]]:
         """Take over the state of a checkpoint; returns what its trainer.json holds, and the changes in words."""

@@ -426,3 +426,14 @@ def test_what_is_written_aside_is_known_by_its_final_name(tmp_path):
     assert final_name("runs/.model.0123abcd.77.part/weights") == "runs/model/weights"
     for name in ("a.part", ".hidden", "x/.a.part/b", "y.model.0123abcd.77.part"):
         assert final_name(name) == name
+
+
+def test_an_old_folder_that_was_being_replaced_comes_back_or_goes(tmp_path):
+    for name in ("cut-off", "replaced"):
+        (tmp_path / f".{name}.old").mkdir()
+        (tmp_path / f".{name}.old" / "file").write_text("old")
+    (tmp_path / "replaced").mkdir()
+    (tmp_path / "replaced" / "file").write_text("new")
+    sweep_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut-off", "replaced"]
+    assert [(tmp_path / name / "file").read_text() for name in ("cut-off", "replaced")] == ["old", "new"]

@@ -4,7 +4,7 @@ from safetensors.torch import save_file
 
 from cocomix.core import output
 from cocomix.core.errors import CocomixError
-from cocomix.distributed.state_file import checksums_of, open_state_file
+from cocomix.distributed.state_file import checksums_of, open_state_file, require_finite
 
 TENSORS = {
     "wte.weight/master/0": torch.arange(300.0),
@@ -66,3 +66,12 @@ def test_a_file_of_an_earlier_version_is_read_and_said_once(tmp_path, monkeypatc
     for _ in range(2):
         assert torch.equal(read_all(tmp_path / "old")["random/cpu"], TENSORS["random/cpu"])
     assert capsys.readouterr().err.count("without checksums") == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_not_finite_are_named(value, tmp_path):
+    broken = torch.zeros(100)
+    broken[70] = value
+    with pytest.raises(CocomixError, match=r"wpe\.weight/exp_avg/5 holds numbers that are not finite"):
+        require_finite({**TENSORS, "wpe.weight/exp_avg/5": broken}, tmp_path / "x")
+    require_finite(TENSORS, tmp_path / "x")

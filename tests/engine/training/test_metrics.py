@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from run_helpers import STEPS, stop_at
+from stored_json import change_json
 
 from cocomix.core.checksums import of_value
 from cocomix.core.config import TrainConfig
@@ -209,28 +210,9 @@ def test_a_run_of_an_earlier_version_is_resumed_under_the_name_that_it_had(world
         stop_at(patch, 7)
         assert world.train("earlier", *options) == 75
     file = world.folder / "earlier/run.json"
-    record = json.loads(file.read_text())
-    del record["id"]
-    file.write_text(json.dumps(record))
+    change_json(file, {}, without=("id",))
     assert world.train("earlier", *options, resume=True) == 0
     assert list(wandb.runs)[1:] == ["earlier"]
-
-
-class FullDisk(io.StringIO):
-    def flush(self):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    def close(self):
-        self.flush()
-
-
-def test_a_full_disk_is_named_and_does_not_spoil_closing(tmp_path):
-    log = open_log(tmp_path)
-    log._file.close()
-    log._file = FullDisk()
-    with pytest.raises(CocomixError, match=r"no room on disk while writing .*metrics\.jsonl"):
-        log.write("train", 1, 128, **TRAIN)
-    log.close()
 
 
 def test_peak_memory_grows_with_what_is_held():
@@ -258,3 +240,38 @@ def test_other_ranks_show_no_progress(monkeypatch):
     with progress_bar("run", 3, 0, False) as bar:
         bar.update(3)
     assert sys.stderr.getvalue() == ""
+
+
+class FullDisk:
+    """A file that takes `left` bytes more."""
+
+    def __init__(self, file, left):
+        self._file, self.left = file, left
+
+    def write(self, content):
+        if not self.left:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = self._file.write(content[: self.left])
+        self.left -= taken
+        return taken
+
+    def close(self):
+        self._file.close()
+
+
+@pytest.mark.parametrize("left", [0, 1, 150, 300])
+def test_a_full_disk_ends_a_run_unless_it_is_to_go_on_and_then_loses_no_line(tmp_path, left, capsys):
+    ending = open_log(tmp_path / "ends")
+    ending._file = FullDisk(ending._file, left)
+    with pytest.raises(CocomixError, match="no room on disk"):
+        for step in range(1, 4):
+            ending.write("train", step, step * 128, **TRAIN)
+    log = open_log(tmp_path / "goes-on", continue_after_failed_save=True)
+    log._file = disk = FullDisk(log._file, left)
+    for step in range(1, 4):
+        log.write("train", step, step * 128, **TRAIN)
+    assert capsys.readouterr().err.count("training continues") == 1
+    disk.left = 10_000
+    log.event("spike", 4, 512, loss=9.0)
+    log.close()
+    assert lines(tmp_path / "goes-on") == [("train", 1), ("train", 2), ("train", 3), ("event", 4)]
