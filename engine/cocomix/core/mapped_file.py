@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cocomix.core.checksums import BLOCK_BYTES, BlockCheck
+from cocomix.core.block_sums import BLOCK_BYTES, BlockCheck
 from cocomix.core.errors import CocomixError
 
 _FAULT_AROUND_BYTES = 1 << 16  # Linux maps up to so much of what it has in its cache around a page that is read

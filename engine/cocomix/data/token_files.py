@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 from tqdm import tqdm
 
-from cocomix.core.checksums import SUM_DTYPE, BlockSums, block_count
+from cocomix.core.block_sums import SUM_DTYPE, BlockSums, block_count
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import atomic_write, read_json
 from cocomix.core.mapped_file import MappedFile

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cocomix.core.checksums import SUM_DTYPE, BlockSums, block_count
+from cocomix.core.block_sums import SUM_DTYPE, BlockSums, block_count
 
 _SHA256_BYTES = 32
 

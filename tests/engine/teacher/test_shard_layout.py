@@ -3,7 +3,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from cocomix.core.checksums import BLOCK_BYTES, BlockCheck
+from cocomix.core.block_sums import BLOCK_BYTES, BlockCheck
 from cocomix.teacher.shard_layout import ShardLayout, ShardSums, origin_of
 
 ORIGIN = origin_of({"seq_len": 4, "fingerprints": {"data": "x"}})

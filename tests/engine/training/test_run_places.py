@@ -95,7 +95,7 @@ def test_other_data_in_its_place_are_refused(tree, made):
     shutil.copytree(made / "other", tree / "data")
     with pytest.raises(CocomixError) as raised:
         find_data(tree / "runs/run", "--data")
-    was, now = (TokenFiles.open(made / name).meta["splits"]["train"]["sha256"] for name in ("data", "other"))
+    was, now = (TokenFiles.open(made / name).meta.splits["train"].sha256 for name in ("data", "other"))
     assert str(raised.value) == (
         f"{tree}/runs/run was trained on other token files: the SHA-256 of {tree}/data/train.bin is {now}, "
         f"that of the run's was {was}: name the run's with --data FOLDER"
