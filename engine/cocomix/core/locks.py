@@ -24,6 +24,7 @@ from cocomix.core.files import AnyPath, create_json
 LEASE_S = 60.0  # a lease that is older has ended
 _TOUCH_S = 10.0
 _RETRY_S = 0.1
+_LOOKS = 5  # at who holds a lock
 _NO_FILE_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -154,10 +155,13 @@ def _description(command: str) -> dict[str, str | int | float]:
 
 
 def _refusal(path: Path, folder: AnyPath) -> _Held:
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(held["since"]))
-        who = f"{held['command']} (process {held['process']} on {held['host']}, since {since})"
-    except (OSError, ValueError, TypeError, KeyError):
-        who = "another process"
+    who = "another process"
+    for _ in range(_LOOKS):
+        try:
+            held = json.loads(path.read_text(encoding="utf-8"))
+            since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(held["since"]))
+            who = f"{held['command']} (process {held['process']} on {held['host']}, since {since})"
+            break
+        except (OSError, ValueError, TypeError, KeyError):
+            time.sleep(_RETRY_S)  # it has only just taken it, and is about to say so
     return _Held(f"{folder} is being written by {who}: wait for it, end it, or name another folder")
