@@ -139,7 +139,6 @@ TESTED_IN = {
     "cocomix.model.blocks": "engine/model/test_model.py",
     "cocomix.model.config": "engine/model/test_model.py",
     "cocomix.model.positions": "engine/model/test_generation.py",
-    "cocomix.model.pretrained": "engine/teacher/test_concept_teacher.py",
     "cocomix.report.figures": "engine/report/test_report.py",
     "cocomix.report.measurement_figures": "engine/report/test_measurements.py",
     "cocomix.report.measurement_page": "engine/report/test_measurements.py",

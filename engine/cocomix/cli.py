@@ -46,7 +46,7 @@ def exit_code(name: str, work, when_interrupted: str | None = None) -> int:
                 sys.stdout.flush()
             return code
     except CocomixError as error:
-        print(f"cocomix {name}: error: {one_line(error)}", file=sys.stderr)
+        _say(f"cocomix {name}: error: {one_line(error)}")
         return EXIT_BAD_INPUT
     except BrokenPipeError:  # as in `cocomix plan ... | head`
         if sys.stdout is not None:
@@ -55,11 +55,16 @@ def exit_code(name: str, work, when_interrupted: str | None = None) -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"cocomix {name}: error: {one_line(f'{final_name(error.filename)}: {error.strerror}')}", file=sys.stderr)
+        _say(f"cocomix {name}: error: {one_line(f'{final_name(error.filename)}: {error.strerror}')}")
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        print(f"\ncocomix {name}: interrupted{f'; {when_interrupted}' if when_interrupted else ''}", file=sys.stderr)
+        _say(f"\ncocomix {name}: interrupted{f'; {when_interrupted}' if when_interrupted else ''}")
         return EXIT_INTERRUPTED
+
+
+def _say(text: str) -> None:
+    """Print a line on standard error in one go: other ranks may be saying theirs."""
+    print(f"{text}\n", end="", file=sys.stderr)
 
 
 @contextlib.contextmanager

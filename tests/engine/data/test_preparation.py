@@ -303,3 +303,16 @@ def test_token_files_are_those_that_tiktoken_makes(tmp_path, tokenizer, long, mo
         expected[side(Piece(number, text, True))] += [*encoding.encode_ordinary(text), encoding.eot_token]
     for name, ids in expected.items():
         assert (files.folder / f"{name}.bin").read_bytes() == np.array(ids, dtype=np.uint16).tobytes()
+
+
+@pytest.mark.parametrize("name", [*MADE[2:], "meta.json", "tokenizer/tokenizer.json", "tokenizer/checksums.json"])
+def test_no_damaged_file_is_called_up_to_date(config, name, capsys):
+    folder = prepare(config).folder
+    capsys.readouterr()
+    path = folder / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CocomixError, match=str(folder)):
+        prepare(config)
+    assert "up to date" not in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Token files as they are read: whole windows, found damaged before a wrong token is."""
 
+import json
 import os
 import pickle
 
@@ -7,10 +8,11 @@ import numpy as np
 import pytest
 from stored_json import change_json
 
+from cocomix.core.block_sums import BLOCK_BYTES
 from cocomix.core.errors import CocomixError
 from cocomix.core.mapped_file import MappedFile
 from cocomix.data.preparation import prepare
-from cocomix.data.token_files import TokenFiles, TokenSplit
+from cocomix.data.token_files import TokenFiles, TokenSplit, describe_split
 
 
 def test_meta_of_another_format_or_without_its_keys_is_refused(config):
@@ -115,3 +117,86 @@ def test_a_split_is_read_only_and_pickles_without_its_tokens(make_split):
     pickled = pickle.dumps(split)
     assert len(pickled) < 1000
     assert pickle.loads(pickled).window(3, 8).tolist() == split.window(3, 8).tolist()
+
+
+def damage(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def long_split(tmp_path):
+    """A split of several blocks, with checksums: its path and how to open it."""
+    ids = np.random.default_rng(0).integers(0, 50, 100_000)
+    ids.astype("<u2").tofile(tmp_path / "train.bin")
+    record = describe_split(tmp_path, "train", {"tokens": len(ids), "documents": 1, "text_bytes": 1})
+
+    def opened():
+        return TokenSplit(tmp_path / record.file, record.tokens, 50, record.sha256, tmp_path / record.sums)
+
+    return tmp_path / "train.bin", ids, opened
+
+
+@pytest.mark.parametrize("token", [0, 32_767, 32_768, 70_000, 99_999])
+def test_a_changed_token_is_found_by_the_windows_of_its_block_and_stops_no_others(long_split, token):
+    path, ids, opened = long_split
+    damage(path, 2 * token)
+    split, damaged_block = opened(), 2 * token // BLOCK_BYTES
+    for index in range(split.n_windows(1000)):
+        touched = range(2000 * index // BLOCK_BYTES, (2000 * index + 1999) // BLOCK_BYTES + 1)
+        if damaged_block in touched:
+            first = damaged_block * BLOCK_BYTES
+            with pytest.raises(CocomixError, match=rf"{path} is damaged: the checksum of bytes {first:,} to .*delete"):
+                split.window(index, 1000)
+        else:
+            assert np.array_equal(split.window(index, 1000), ids[1000 * index : 1000 * (index + 1)])
+
+
+def test_a_split_with_checksums_pickles_with_them(long_split):
+    path, ids, opened = long_split
+    damage(path, 0)
+    split = pickle.loads(pickle.dumps(opened()))
+    assert np.array_equal(split.window(80, 1000), ids[80_000:81_000])
+    with pytest.raises(CocomixError, match="is damaged"):
+        split.window(0, 1000)
+
+
+def test_checksums_that_are_cut_off_missing_or_damaged_are_named(long_split, tmp_path):
+    _, _, opened = long_split
+    sums = tmp_path / "train.sums"
+    whole = sums.read_bytes()
+    opened().verify()
+    damage(sums, 5)
+    with pytest.raises(CocomixError, match=r"train\.sums is damaged"):
+        opened().verify()
+    sums.write_bytes(whole[:-1])
+    with pytest.raises(CocomixError, match=r"train\.sums has 15 bytes"):
+        opened()
+    sums.unlink()
+    with pytest.raises(CocomixError, match=r"there is no .*train\.sums"):
+        opened()
+
+
+def test_token_files_of_earlier_versions_are_read_and_said_once(config, capsys):
+    files = prepare(config)
+    window = files.split("train").window(0, 8)
+    meta = json.loads((files.folder / "meta.json").read_text())
+    splits = {name: {key: split[key] for key in split if key != "sums"} for name, split in meta["splits"].items()}
+    change_json(files.folder / "meta.json", {"splits": splits})
+    for name in ("train", "val"):
+        (files.folder / f"{name}.sums").unlink()
+    capsys.readouterr()
+    old = [TokenFiles.open(config.folder).split("train") for _ in range(2)]
+    assert np.array_equal(old[0].window(0, 8), window)
+    assert capsys.readouterr().err.count("without checksums") == 1
+
+
+@pytest.mark.parametrize("name", ["../train.bin", "/etc/passwd", "a/b", "", ".hidden\n"])
+def test_no_split_lies_outside_its_folder(config, name):
+    files = prepare(config)
+    meta = json.loads((files.folder / "meta.json").read_text())
+    meta["splits"]["train"]["file"] = name
+    change_json(files.folder / "meta.json", {"splits": meta["splits"]})
+    with pytest.raises(CocomixError, match=r"meta\.json.*splits"):
+        TokenFiles.open(config.folder)

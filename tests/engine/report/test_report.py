@@ -625,3 +625,16 @@ def test_names_and_settings_of_a_run_cannot_bring_markup_into_the_page(tmp_path)
     content = write_report(list(map(load_run, folders)), tmp_path / "report").read_text()
     assert hostile not in content and "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; first" in content
     assert "data.folder=&lt;script&gt;" in content
+
+
+def test_last_lines_that_a_finished_run_has_lost_are_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("cocomix.core.output._noted", set())
+    folder = write_run(tmp_path / "run")
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text("{}")
+    load_run(folder)
+    assert not capsys.readouterr().err
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    load_run(folder)
+    assert f"{folder} has a finished model, but no last lines in its metrics.jsonl" in capsys.readouterr().err

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from model_helpers import autoencoder
+from stored_json import change_json
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cocomix import ConceptTeacher, LabelCache, SparseAutoencoder
+from cocomix.core.block_sums import BLOCK_BYTES
 from cocomix.core.config import ConceptLabelsConfig, Config, DataConfig, TeacherConfig
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import read_json
@@ -638,3 +640,50 @@ def test_the_first_rank_alone_loads_the_teacher_to_compare_it_with_the_cache(con
     as_rank(monkeypatch, 1, 2)
     with pytest.raises(CocomixError, match="another block of the teacher"):
         Supervision.from_config(config, tokens, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("position", [0, 70_000, 139_999])
+def test_a_changed_label_is_found_by_the_windows_of_its_block(tmp_path, position):
+    shape = {"n_windows": 20, "seq_len": 500, "label_topk": 7, "shard_windows": 20}
+    cache = new_cache(tmp_path, **shape)
+    labels = np.random.default_rng(0).integers(-1, 65535, (20, 500, 7))
+    cache.append(0, labels)
+    flip_a_bit(tmp_path / "labels-000000.bin", position)
+    opened, block = LabelCache.open(tmp_path), position // BLOCK_BYTES
+    for index in range(20):
+        touched = range(7000 * index // BLOCK_BYTES, (7000 * index + 6999) // BLOCK_BYTES + 1)
+        if block in touched:
+            with pytest.raises(
+                CocomixError, match=r"labels-000000\.bin is damaged: the checksum of bytes .*cocomix lab"
+            ):
+                opened.window(index)
+        else:
+            assert np.array_equal(opened.window(index), labels[index])
+
+
+def test_a_shard_of_another_cache_is_refused(tmp_path):
+    labels = random_labels()
+    for name, sae in (("own", "s"), ("other", "o")):
+        cache = new_cache(tmp_path / name, fingerprints={**FINGERPRINTS, "sae": sae * 64})
+        fill(cache, labels)
+    os.replace(tmp_path / "other/labels-000001.bin", tmp_path / "own/labels-000001.bin")
+    cache = LabelCache.open(tmp_path / "own")
+    assert np.array_equal(cache.window(0), labels[0])
+    for read in (lambda: cache.window(4), cache.verify):
+        with pytest.raises(CocomixError, match=r"labels-000001\.bin was not made from what meta\.json says"):
+            read()
+
+
+def test_a_cache_of_version_1_is_read_and_completed_as_it_was_begun(tmp_path, capsys):
+    labels = random_labels()
+    fill(new_cache(tmp_path), labels)
+    change_json(tmp_path / "meta.json", {"version": 1})
+    old = LabelCache.open(tmp_path)
+    assert capsys.readouterr().err.count("damage in it may go unnoticed") == 1
+    for path in tmp_path.glob("labels-*.bin"):
+        path.unlink()
+    fill(old, labels)
+    sizes = [(tmp_path / f"labels-{shard:06d}.bin").stat().st_size for shard in range(3)]
+    assert sizes == [windows * 6 * 3 * 2 + 32 for windows in (4, 4, 2)]
+    old.verify()
+    assert all(np.array_equal(LabelCache.open(tmp_path).window(index), labels[index]) for index in range(10))
