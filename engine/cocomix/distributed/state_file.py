@@ -23,12 +23,16 @@ def checksums_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
 def require_finite(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Raise `CocomixError` where a tensor holds numbers that are not finite: no training goes on from those."""
     for name, tensor in tensors.items():
-        parts = tensor.reshape(-1).split(_AT_ONCE)
-        if tensor.is_floating_point() and not all(part.isfinite().all() for part in parts):
+        # A sum is thirty times as fast; it is not finite too where it is out of range, or where a part is not.
+        if tensor.is_floating_point() and not tensor.sum().isfinite() and not _all_finite(tensor):
             raise CocomixError(
                 f"{path} is not written: {name} holds numbers that are not finite. Go on from the checkpoint before it "
                 "with a lower train.lr, or more train.warmup_steps"
             )
+
+
+def _all_finite(tensor: torch.Tensor) -> bool:
+    return all(bool(part.isfinite().all()) for part in tensor.reshape(-1).split(_AT_ONCE))
 
 
 class StateFile:
