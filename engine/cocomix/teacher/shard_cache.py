@@ -58,7 +58,11 @@ class CacheMeta:
         """What its shards name as their origin; None where they name none."""
         if self.version == _WITHOUT_BLOCK_SUMS:
             return None
-        return origin_of({key: value for key, value in dataclasses.asdict(self).items() if key != "flops_per_token"})
+        # Without what is as it is by default, so that a later version may know more of a cache.
+        known = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        kept = [name for name in known if known[name] != defaults[name] and name != "flops_per_token"]
+        return origin_of({name: known[name] for name in kept})
 
 
 class ShardCache:
