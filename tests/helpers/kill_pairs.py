@@ -48,7 +48,7 @@ class Pair(Story):
         if victim is not None and (self._shares or "done" not in outcomes):
             return False
         self._single.when_done()
-        logs[1].unlink()
+        logs[1].unlink(missing_ok=True)  # it may have been killed before it wrote
         return True
 
     def _strike_one(self, launches: list[Launch], kill: Kill, since: float) -> Launch | None:
