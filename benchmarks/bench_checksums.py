@@ -24,6 +24,7 @@ from cocomix import LabelCache
 from cocomix.core.files import write_json
 from cocomix.core.machine import describe
 from cocomix.data.token_files import TokenSplit, describe_split
+from cocomix.data.tokenizer import token_dtype
 from cocomix.distributed.state_file import checksums_of, require_finite
 
 WINDOWS, SHARD_WINDOWS, VOCABULARY = 4096, 512, 50257
@@ -87,7 +88,7 @@ class _Corpus:
         self._order = random.permutation(WINDOWS)[: options.windows]
         random.integers(0, VOCABULARY, WINDOWS * options.seq_len, dtype=np.uint16).tofile(folder / "train.bin")
         counts = {"tokens": WINDOWS * options.seq_len, "documents": 1, "text_bytes": 1}
-        self._split = describe_split(folder, "train", counts)
+        self._split = describe_split(folder, "train", counts, token_dtype(VOCABULARY))
         self._labels = folder / "labels"
         cache = LabelCache.create(
             self._labels,

@@ -45,7 +45,7 @@ class DataConfig:
     text_key: str = "text"  # the field of JSONL records and dataset rows that holds the text
     tokenizer: str | None = None  # a folder, or hf:NAME on the hub; none: train a byte-level BPE on the text
     # of a tokenizer that is trained here
-    vocab_size: int = positive(4096, at_most=65536, because="token files hold uint16")
+    vocab_size: int = positive(4096, at_most=2**31, because="token files hold 32 bits")
     max_tokens: int = not_negative(0)  # stop after the document that reaches so many tokens; 0: take all text
     # that tokenize, which together use all cores; several are faster where there are many cores
     processes: int = positive(1)

@@ -26,7 +26,7 @@ from cocomix.core.origin import differences
 from cocomix.data.documents import Piece, pieces, require_text
 from cocomix.data.sources import Source, open_sources
 from cocomix.data.token_files import FORMAT, SPLITS, SplitRecord, TokenFiles, TokenMeta, describe_split, scan
-from cocomix.data.tokenizer import TOKEN_DTYPE, load_tokenizer, train_tokenizer, vocab_size_of
+from cocomix.data.tokenizer import load_tokenizer, token_dtype, train_tokenizer, vocab_size_of
 from cocomix.data.tokenizing import tokenize
 
 _TOKENIZER_ROOM_BYTES = 32 << 20
@@ -75,6 +75,7 @@ def _make(folder: Path, config: DataConfig, sources: list[Source], made_from: di
     _save_tokenizer(tokenizer, config.tokenizer, folder / "tokenizer")
     meta = TokenMeta(
         format=FORMAT,
+        dtype=token_dtype(vocab_size).name,
         vocab_size=vocab_size,
         eot_id=cast(int, tokenizer.eos_token_id),
         splits=splits,
@@ -188,7 +189,7 @@ def _shown(stream: Iterable[Piece], progress) -> Iterator[Piece]:
 
 
 def _write_token_files(folder: Path, config: DataConfig, sources: list[Source], tokenizer) -> dict[str, SplitRecord]:
-    side = Splitter(config.val_fraction)
+    side, dtype = Splitter(config.val_fraction), token_dtype(vocab_size_of(tokenizer))
     counts = {name: {"tokens": 0, "documents": 0, "text_bytes": 0} for name in SPLITS}
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(atomic_write(folder / f"{name}.bin")) for name in SPLITS}
@@ -205,19 +206,19 @@ def _write_token_files(folder: Path, config: DataConfig, sources: list[Source], 
             if piece.last and 0 < config.max_tokens <= total and counts["val"]["documents"]:
                 break
         if counts["val"]["documents"] == 0:
-            _share_one_document(files, counts, config.val_fraction)
-    return {name: describe_split(folder, name, counts[name]) for name in SPLITS}
+            _share_one_document(files, counts, config.val_fraction, dtype)
+    return {name: describe_split(folder, name, counts[name], dtype) for name in SPLITS}
 
 
-def _share_one_document(files: dict, counts: dict, val_fraction: float) -> None:
+def _share_one_document(files: dict, counts: dict, val_fraction: float, dtype: np.dtype) -> None:
     """Move the tail of the only document from the training to the validation file; bytes go with the tokens."""
     train, val = counts["train"], counts["val"]
     total = train["tokens"]
     kept = min(max(round(total * (1 - val_fraction)), 1), total - 1)
     files["train"].flush()
-    for tokens in scan(files["train"].name, kept):
+    for tokens in scan(files["train"].name, dtype, kept):
         files["val"].write(tokens.tobytes())
-    files["train"].truncate(kept * TOKEN_DTYPE.itemsize)
+    files["train"].truncate(kept * dtype.itemsize)
     val_bytes = round(train["text_bytes"] * (total - kept) / total)
     val.update(tokens=total - kept, documents=1, text_bytes=val_bytes)
     train.update(tokens=kept, text_bytes=train["text_bytes"] - val_bytes)
@@ -233,6 +234,6 @@ def _unigram_perplexity(folder: Path, splits: dict[str, SplitRecord], vocab_size
 
 def _frequencies(path: Path, vocab_size: int) -> np.ndarray:
     counts = np.zeros(vocab_size, dtype=np.int64)
-    for tokens in scan(path):
+    for tokens in scan(path, token_dtype(vocab_size)):
         counts += np.bincount(tokens, minlength=vocab_size)
     return counts

@@ -1,4 +1,5 @@
-"""Token files: flat little-endian uint16, every document followed by the end-of-text token, read in windows."""
+"""Token files, read in windows: flat little-endian uint16, or uint32 where there are more than 65,536 ids; every
+document is followed by the end-of-text token."""
 
 import hashlib
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from cocomix.core.files import atomic_write, read_json
 from cocomix.core.mapped_file import MappedFile
 from cocomix.core.output import note_once
 from cocomix.core.records import FileName, Positive, as_record
-from cocomix.data.tokenizer import TOKEN_DTYPE, load_tokenizer
+from cocomix.data.tokenizer import MAX_VOCAB, load_tokenizer, token_dtype
 
 FORMAT = 1
 
@@ -25,11 +26,11 @@ SPLITS = ("train", "val")
 _SCAN_TOKENS = 1 << 24
 
 
-def scan(path, start: int = 0) -> Iterator[np.ndarray]:
+def scan(path, dtype: np.dtype, start: int = 0) -> Iterator[np.ndarray]:
     """The tokens of a file from number `start` on, in parts of at most `_SCAN_TOKENS`."""
     with open(path, "rb") as file:
-        file.seek(start * TOKEN_DTYPE.itemsize)
-        while len(tokens := np.fromfile(file, TOKEN_DTYPE, _SCAN_TOKENS)):
+        file.seek(start * dtype.itemsize)
+        while len(tokens := np.fromfile(file, dtype, _SCAN_TOKENS)):
             yield tokens
 
 
@@ -51,7 +52,7 @@ class TokenMeta:
     """meta.json of a folder of token files. `settings` and `sources` say what they were made from."""
 
     format: int
-    vocab_size: Annotated[int, msgspec.Meta(gt=0, le=1 << 16)]
+    vocab_size: Annotated[int, msgspec.Meta(gt=0, le=MAX_VOCAB)]
     eot_id: Annotated[int, msgspec.Meta(ge=0)]
     splits: dict[str, SplitRecord]
     val_unigram_perplexity: Positive
@@ -60,11 +61,11 @@ class TokenMeta:
     dtype: str = "uint16"
 
 
-def describe_split(folder: Path, name: str, counts: dict[str, int]) -> SplitRecord:
+def describe_split(folder: Path, name: str, counts: dict[str, int], dtype: np.dtype) -> SplitRecord:
     """The record of the token file `name`.bin in `folder`, from one reading of it, which also writes the checksums of
     its blocks beside it. `counts`: tokens, documents and text_bytes."""
     digest, sums = hashlib.sha256(), BlockSums()
-    for tokens in scan(folder / f"{name}.bin"):
+    for tokens in scan(folder / f"{name}.bin", dtype):
         digest.update(tokens.data)
         sums.update(tokens.data.cast("B"))
     with atomic_write(folder / f"{name}.sums") as file:
@@ -90,6 +91,11 @@ class TokenFiles:
                 f"{_make_again(folder)}"
             )
         record = as_record(TokenMeta, meta, folder / "meta.json", _make_again(folder))
+        if record.dtype != token_dtype(record.vocab_size).name:
+            raise CocomixError(
+                f"{folder / 'meta.json'}: its dtype is {record.dtype!r}, but {record.vocab_size} ids are held as "
+                f"{token_dtype(record.vocab_size).name}: {_make_again(folder)}"
+            )
         if missing := [name for name in SPLITS if name not in record.splits]:
             raise CocomixError(f"{folder / 'meta.json'} lacks splits.{missing[0]}: {_make_again(folder)}")
         if any(split.sums is None for split in record.splits.values()):
@@ -117,8 +123,9 @@ class TokenSplit:
 
     def __init__(self, path, n_tokens: int, vocab_size: int, fingerprint: str, sums: Path | None = None):
         self.path, self.n_tokens, self.vocab_size, self.fingerprint = Path(path), n_tokens, vocab_size, fingerprint
-        n_bytes, remedy = n_tokens * TOKEN_DTYPE.itemsize, _make_again(self.path.parent)
-        self._file = MappedFile(self.path, TOKEN_DTYPE, n_bytes, unit="tokens", remedy=remedy)
+        self._dtype = token_dtype(vocab_size)
+        n_bytes, remedy = n_tokens * self._dtype.itemsize, _make_again(self.path.parent)
+        self._file = MappedFile(self.path, self._dtype, n_bytes, unit="tokens", remedy=remedy)
         self.tokens = self._file.array
         self._sums = sums
         if sums is not None:
@@ -159,7 +166,7 @@ class TokenSplit:
         checksums beside it are not those of its blocks."""
         digest, sums, start = hashlib.sha256(), BlockSums(), 0
         with tqdm(desc=f"checking {self.path.name}", total=self.n_tokens, unit="tok", unit_scale=True, delay=1) as bar:
-            for tokens in scan(self.path):
+            for tokens in scan(self.path, self._dtype):
                 self._require_known(tokens, start)
                 digest.update(tokens.data)
                 sums.update(tokens.data.cast("B"))

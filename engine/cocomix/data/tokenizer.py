@@ -9,9 +9,14 @@ from cocomix.core.manifest import require_sound
 from cocomix.core.model_names import OF_TOKENIZERS, as_transformers_names_it, first_line
 
 END_OF_TEXT = "<|endoftext|>"
-TOKEN_DTYPE = np.dtype("<u2")
-_MAX_VOCAB = 1 << 16
+MAX_VOCAB = 1 << 31
+_NARROW_VOCAB = 1 << 16
 _MIN_BPE_VOCAB = 257  # 256 bytes and the end-of-text token
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """How token files hold ids: little-endian uint16 up to 65,536 of them, uint32 above."""
+    return np.dtype("<u2") if vocab_size <= _NARROW_VOCAB else np.dtype("<u4")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int):
@@ -60,6 +65,6 @@ def vocab_size_of(tokenizer) -> int:
     if tokenizer.eos_token_id is None:
         raise CocomixError(f"{where} has no end-of-text token: set its eos_token, or choose another tokenizer")
     vocab_size = max(tokenizer.get_vocab().values()) + 1
-    if vocab_size > _MAX_VOCAB:
-        raise CocomixError(f"{where} has {vocab_size} ids: token files hold uint16, which is at most {_MAX_VOCAB} ids")
+    if vocab_size > MAX_VOCAB:
+        raise CocomixError(f"{where} has an id of {vocab_size - 1}: at most {MAX_VOCAB - 1} can be kept")
     return vocab_size

@@ -14,24 +14,25 @@ import numpy as np
 
 from cocomix.core.errors import CocomixError
 from cocomix.data.documents import Piece
-from cocomix.data.tokenizer import TOKEN_DTYPE
+from cocomix.data.tokenizer import token_dtype, vocab_size_of
 
 _BATCH_CHARS = 1 << 21
 _THREADS_AHEAD = 2  # batches in the tokenizer at a time, so that its own threads have work while one of them ends
 
 
 def tokenize(stream: Iterable[Piece], tokenizer, processes: int = 1) -> Iterator[tuple[Piece, np.ndarray]]:
-    """Token ids (uint16) of every piece, in order, the end-of-text token included where a document ends.
+    """Token ids of every piece, in order, as token files hold them; with the end-of-text token where a document ends.
 
     Pieces of one document are encoded apart. They end where GPT-2 style tokenizers split anyway; a tokenizer that
     puts a space before every text puts one before every piece. One process uses all cores through the tokenizer's own
     threads; more share the cores, which is faster where there are many. Raises `CocomixError` where one of them dies.
     """
     ahead: deque[tuple[list[Piece], Future]] = deque()
+    dtype = token_dtype(vocab_size_of(tokenizer))
     try:
         with _workers(tokenizer, processes) as workers:
             for batch in _batches(stream):
-                ahead.append((batch, workers.submit(_encode, [piece.text for piece in batch])))
+                ahead.append((batch, workers.submit(_encode, [piece.text for piece in batch], dtype)))
                 if len(ahead) > max(_THREADS_AHEAD, processes + 1):
                     yield from _finished(*ahead.popleft(), tokenizer.eos_token_id)
             while ahead:
@@ -44,7 +45,7 @@ def tokenize(stream: Iterable[Piece], tokenizer, processes: int = 1) -> Iterator
 
 def _finished(batch: list[Piece], encoded: Future, eot_id: int) -> Iterator[tuple[Piece, np.ndarray]]:
     for piece, ids in zip(batch, encoded.result(), strict=True):
-        yield piece, np.append(ids, TOKEN_DTYPE.type(eot_id)) if piece.last else ids
+        yield piece, np.append(ids, ids.dtype.type(eot_id)) if piece.last else ids
 
 
 _worker = threading.local()  # a thread's, or a process's, own encoder
@@ -87,9 +88,9 @@ def _start_worker(serialized: str) -> None:
     _worker.encoder = encoder
 
 
-def _encode(texts: list[str]) -> list[np.ndarray]:
+def _encode(texts: list[str], dtype: np.dtype) -> list[np.ndarray]:
     encodings = _worker.encoder.encode_batch_fast(texts, add_special_tokens=False)
-    return [np.array(encoding.ids, dtype=TOKEN_DTYPE) for encoding in encodings]
+    return [np.array(encoding.ids, dtype=dtype) for encoding in encodings]
 
 
 def _batches(stream: Iterable[Piece]) -> Iterator[list[Piece]]:

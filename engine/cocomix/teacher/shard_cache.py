@@ -110,9 +110,10 @@ class ShardCache:
         raise NotImplementedError
 
     @classmethod
-    def start(cls, folder, *, n_windows, seq_len, size, fingerprints, shard_windows, flops_per_token=None):
-        """Start a cache, or go on with the one that is there. Raises `CocomixError` where that one was made from
-        something else, and where the disk has no room for all of it."""
+    def start(cls, folder, *, n_windows, seq_len, size, fingerprints, shard_windows, flops_per_token=None, **more):
+        """Start a cache, or go on with the one that is there; `more` is what its kind has in meta.json beside these.
+        Raises `CocomixError` where that one was made from something else, and where the disk has no room for all of it.
+        """
         path = Path(folder) / "meta.json"
         if path.exists():
             cache = cls.open(folder)
@@ -127,6 +128,7 @@ class ShardCache:
             fingerprints=dict(fingerprints),
             flops_per_token=flops_per_token,
             **{cls.size_key: size},
+            **more,
         )
         cache = cls(folder, meta)
         require_space(folder, n_windows * seq_len * cache._width() * _DTYPE.itemsize)

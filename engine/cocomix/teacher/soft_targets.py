@@ -76,6 +76,10 @@ class SoftTargets(SupervisionKind):
         """What it adds to a batch."""
         return teacher.targets(input_ids)
 
+    def cache_settings(self, vocab_size: int) -> dict[str, Any]:
+        """How wide ids are."""
+        return SoftTargetCache.settings(vocab_size)
+
     def per_token(self, config: Config) -> int:
         """J; a config that names a cache has it."""
         assert config.distillation.top_k is not None

@@ -148,7 +148,12 @@ class SupervisionKind(ABC):
             fingerprints=data_fingerprints(config, tokens) | teacher.fingerprints(),
             shard_windows=config.concept_labels.shard_windows,
             flops_per_token=teacher_flops(teacher.shape, config.data.seq_len),
+            **self.cache_settings(tokens.vocab_size),
         )
+
+    def cache_settings(self, vocab_size: int) -> dict[str, Any]:
+        """What its cache has in meta.json beside what all have."""
+        return {}
 
     @abstractmethod
     def per_token(self, config: Config) -> int:

@@ -376,7 +376,7 @@ def test_numbers_that_are_none_are_refused(write, value):
         (["data.seq_len=1"], "data.seq_len must be at least 2: a window needs a next token to predict"),
         (["data.val_fraction=0"], "data.val_fraction must lie between 0 and 1"),
         (["data.val_fraction=1"], "data.val_fraction must lie between 0 and 1"),
-        (["data.vocab_size=65537"], "data.vocab_size must be at most 65536: token files hold uint16"),
+        (["data.vocab_size=2147483649"], "data.vocab_size must be at most 2147483648: token files hold 32 bits"),
         (["model.mixing=both"], "model.mixing is 'both'; it must be one of interleave, add, predict, pause, none"),
         (["model.n_embd=510"], "model.n_embd (510) must be a multiple of model.n_head (8)"),
         (
@@ -430,7 +430,7 @@ def test_the_limits_themselves_are_allowed(write):
     load(
         write(""),
         "data.seq_len=2",
-        "data.vocab_size=65536",
+        "data.vocab_size=2147483648",
         "model.concept_dim=65535",
         "model.insert_layer=7",
         "train.min_lr_ratio=1",

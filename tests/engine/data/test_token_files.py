@@ -130,7 +130,7 @@ def long_split(tmp_path):
     """A split of several blocks, with checksums: its path and how to open it."""
     ids = np.random.default_rng(0).integers(0, 50, 100_000)
     ids.astype("<u2").tofile(tmp_path / "train.bin")
-    record = describe_split(tmp_path, "train", {"tokens": len(ids), "documents": 1, "text_bytes": 1})
+    record = describe_split(tmp_path, "train", {"tokens": len(ids), "documents": 1, "text_bytes": 1}, np.dtype("<u2"))
 
     def opened():
         return TokenSplit(tmp_path / record.file, record.tokens, 50, record.sha256, tmp_path / record.sums)

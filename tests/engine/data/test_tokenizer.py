@@ -4,7 +4,7 @@ import pytest
 from data_helpers import encode_whole
 
 from cocomix.core.errors import CocomixError
-from cocomix.data.tokenizer import train_tokenizer, vocab_size_of
+from cocomix.data.tokenizer import token_dtype, train_tokenizer, vocab_size_of
 
 
 def test_a_trained_tokenizer_is_lossless_and_starts_with_the_end_of_text_token(tokenizer):
@@ -18,3 +18,11 @@ def test_a_small_corpus_gives_a_smaller_vocabulary():
     assert 257 < vocab_size_of(train_tokenizer(["abab abab"], 4096)) < 270
     with pytest.raises(CocomixError, match="data.vocab_size is 256; .* at least 257"):
         train_tokenizer(["text"], 256)
+
+
+@pytest.mark.parametrize(
+    "vocab_size, name", [(257, "uint16"), (65_536, "uint16"), (65_537, "uint32"), (262_144, "uint32")]
+)
+def test_ids_take_two_bytes_as_long_as_they_fit(vocab_size, name):
+    assert token_dtype(vocab_size).name == name
+    assert token_dtype(vocab_size).newbyteorder("<") == token_dtype(vocab_size)

@@ -209,3 +209,15 @@ def test_a_cache_of_something_else_is_refused_by_name(tmp_path):
     write_json(tmp_path / "meta.json", meta)
     with pytest.raises(CocomixError, match="missing required field `top_k`; the soft-target cache is damaged"):
         SoftTargetCache.open(tmp_path)
+
+
+def test_soft_targets_of_a_large_vocabulary_take_six_bytes_and_come_back(tmp_path):
+    cache, targets = new_cache(tmp_path, vocab_size=262_144), soft_targets(2)
+    targets["soft_target_ids"] = targets["soft_target_ids"] * 4 + 3
+    cache.append(0, targets)
+    assert os.path.getsize(tmp_path / "soft-targets-000000.bin") == 2 * LENGTH * TOP * 6 + 4 + 32 + 32
+    opened = SoftTargetCache.open(tmp_path)
+    for index in range(2):
+        window = opened.window(index)
+        assert np.array_equal(window["soft_target_ids"], targets["soft_target_ids"][index].numpy())
+        assert np.array_equal(window["soft_target_log_probs"], targets["soft_target_log_probs"][index].half().numpy())
