@@ -26,8 +26,12 @@ def of_file(path: str | os.PathLike[str]) -> str:
 
 def of_value(value: Any) -> str:
     """The checksum of a JSON value, whatever the order of its keys, eight hexadecimal digits."""
-    plain = json.loads(json.dumps(value))  # in which keys are strings and tuples are lists
-    return _in_hexadecimal(zlib.crc32(json.dumps(plain, sort_keys=True).encode()))
+    return of_parsed(json.loads(json.dumps(value)))  # in which keys are strings and tuples are lists
+
+
+def of_parsed(value: Any) -> str:
+    """As `of_value`, of a value that has just been read from JSON."""
+    return _in_hexadecimal(zlib.crc32(json.dumps(value, sort_keys=True).encode()))
 
 
 def of_array(label: str, array: memoryview) -> str:

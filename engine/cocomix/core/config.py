@@ -273,7 +273,7 @@ def _is_literal(key: str, value: str) -> bool:
     schema: Any = {"": Config, **{f.name: f.default_factory for f in dataclasses.fields(Config)}}.get(section)
     fields = dataclasses.fields(schema) if dataclasses.is_dataclass(schema) else ()
     is_text = any(f.name == name and f.type in _TEXT for f in fields)
-    return is_text and value not in ("", "null", "~") and value[0] not in "'\""
+    return is_text and value not in ("", "~", "null", "Null", "NULL") and value[0] not in "'\""
 
 
 def _nested(key: str, value: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this"."""
+"""The exceptions that mean "the user can fix this"."""
 
 
 class CocomixError(ValueError):
@@ -7,3 +7,7 @@ class CocomixError(ValueError):
     The message names the thing that is wrong and what to do about it. The command line prints it
     without a traceback and leaves with exit code 2.
     """
+
+
+class NotFiniteError(CocomixError):
+    """Weights or moments are no numbers any more, and no training goes on from them."""

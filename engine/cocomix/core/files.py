@@ -21,6 +21,7 @@ CHECKSUM = "cocomix_checksum"  # the key under which a JSON file carries its own
 
 _UMASK = os.umask(0o077)  # there is no asking for it without setting it, which other threads would notice later on
 os.umask(_UMASK)
+_REPLACED = ".cocomix-old"  # after the name of a folder that is being replaced
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # of file systems without hard links
 _ASIDE = re.compile(r"(?<![^/])\.(?P<name>[^/]+)\.[0-9a-f]{8}\.\d+\.part(?=/|$)")  # see `_make_room_aside`
@@ -139,7 +140,8 @@ def atomic_folder(path: AnyPath) -> Generator[Path]:
     """Yield a folder to fill; it takes the place of `path` only when the block ends without an exception.
 
     Its contents reach the disk before it takes the place; an old folder is deleted only after that. A crash of the
-    machine in between leaves the old one beside it, as `.NAME.old`. Raises `CocomixError` as `atomic_write` does.
+    machine in between leaves the old one beside it, as `.NAME.cocomix-old`. Raises `CocomixError` as `atomic_write`
+    does.
     """
     given, path = path, Path(os.path.realpath(path))  # a link to a folder elsewhere stays a link
     with _explain_refusal(given):
@@ -165,8 +167,8 @@ def sweep_leftovers(folder: AnyPath, name: str = "", of_this_process: bool = Fal
     """Delete what killed processes of this machine left half-written in `folder`, of the file or folder `name` there or
     of all; with `of_this_process` also what an earlier attempt in this one did. An old folder that was being replaced
     takes its place again where the new one had not come, and else goes too."""
-    for old in Path(folder).glob(f".{glob.escape(name) or '*'}.old"):
-        replaced = old.with_name(old.name[1 : -len(".old")])
+    for old in Path(folder).glob(f".{glob.escape(name) or '*'}{_REPLACED}"):
+        replaced = old.with_name(old.name[1 : -len(_REPLACED)])
         if replaced.exists():
             shutil.rmtree(old, ignore_errors=True)
         else:
@@ -199,7 +201,7 @@ def _open_to_umask(path: Path) -> None:
 
 def _exchange(new: Path, path: Path) -> None:
     """Put the folder `new` in the place of `path`, which may be there or not."""
-    old = path.with_name(f".{path.name}.old")
+    old = path.with_name(f".{path.name}{_REPLACED}")
     replaces = path.exists()
     if replaces:
         shutil.rmtree(old, ignore_errors=True)
@@ -285,10 +287,11 @@ def read_json(path: AnyPath, what: str, must_have_checksum: bool = False) -> dic
     if not isinstance(value, dict):
         raise CocomixError(f"{what} cannot be read: {path} does not hold a JSON object")
     value = cast(dict[str, Any], value)
-    if (CHECKSUM in value or must_have_checksum) and value.pop(CHECKSUM, None) != checksums.of_value(value):
+    if (CHECKSUM in value or must_have_checksum) and value.pop(CHECKSUM, None) != checksums.of_parsed(value):
+        way_out = f"delete {path}" if must_have_checksum else f"delete its key {CHECKSUM}"
         raise CocomixError(
             f"{what} is damaged: the checksum in {path} does not hold; copy it again, or, where it was changed on "
-            f"purpose, delete its key {CHECKSUM}"
+            f"purpose, {way_out}"
         )
     return value
 

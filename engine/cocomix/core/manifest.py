@@ -9,7 +9,8 @@ from cocomix.core.errors import CocomixError
 from cocomix.core.files import AnyPath, read_json, write_own_json
 from cocomix.core.records import as_record
 
-FILE = "checksums.json"
+FILE = "cocomix_checksums.json"
+_CHANGING = (FILE, "concept_names.json")  # what people may add to or change
 _WEIGHTS = ".safetensors"
 
 
@@ -28,7 +29,8 @@ def write_manifest(folder: AnyPath) -> None:
     """Write the sizes and checksums of all files in `folder`, and below, as they are now."""
     folder = Path(folder)
     found = {path.relative_to(folder).as_posix(): path for path in checksums.files_below(folder)}
-    files = {name: _File(path.stat().st_size, checksums.of_file(path)) for name, path in found.items() if name != FILE}
+    kept = {name: path for name, path in found.items() if name not in _CHANGING}
+    files = {name: _File(path.stat().st_size, checksums.of_file(path)) for name, path in kept.items()}
     write_own_json(folder / FILE, dataclasses.asdict(_Manifest(files)))
 
 
@@ -42,7 +44,7 @@ def require_sound(folder: AnyPath, weights: bool = True) -> bool:
     folder = Path(folder)
     if not (folder / FILE).is_file():
         return False
-    content = read_json(folder / FILE, "the list of checksums", must_have_checksum=True)
+    content = read_json(folder / FILE, "the list of checksums", must_have_checksum=True)  # it holds nothing else
     listed = as_record(_Manifest, content, folder / FILE)
     for name, entry in listed.files.items():
         if weights or not name.endswith(_WEIGHTS):

@@ -15,11 +15,10 @@ _FAULT_AROUND_BYTES = 1 << 16  # Linux maps up to so much of what it has in its 
 class MappedFile:
     """A file of fixed-width numbers, memory-mapped for reading here and there.
 
-    `array` is all of it, flat and read-only, and `bytes` the same as bytes. `read` fetches the wanted part from disk in
-    one request and nothing around it (the system, not told, fetches up to megabytes with each), and lets go of the
-    pages afterwards, so the process's resident memory does not grow with what it has read; what the system keeps in its
-    page cache stays there. Raises `CocomixError`, ending in `remedy`, unless the file is there with `n_bytes` bytes;
-    `unit` says what the numbers are.
+    `array` is all of it, flat and read-only. `read` fetches the wanted part from disk in one request and nothing around
+    it (the system, not told, fetches up to megabytes with each), and lets go of the pages afterwards, so the process's
+    resident memory does not grow with what it has read; what the system keeps in its page cache stays there. Raises
+    `CocomixError`, ending in `remedy`, unless the file is there with `n_bytes` bytes; `unit` says what the numbers are.
 
     After `check`, `read` compares each block that it comes to with its checksum, the first time.
     """
@@ -37,18 +36,26 @@ class MappedFile:
         except FileNotFoundError:
             raise CocomixError(f"there is no {path}: {remedy}") from None
         self.array = np.frombuffer(self._map, self._dtype, n_bytes // self._dtype.itemsize)
-        self.bytes = memoryview(self._map)
         self._path, self._remedy = path, remedy
         self._check: BlockCheck | None = None
 
-    def check(self, n_bytes: int, sums: np.ndarray) -> None:
-        """From now on compare the blocks of the first `n_bytes` bytes with `sums` [n_blocks] as they are read."""
-        self._check = BlockCheck(self.bytes[:n_bytes], sums)
+    def check(self, n_bytes: int, sums: np.ndarray, sound: np.ndarray | None = None) -> None:
+        """From now on compare the blocks of the first `n_bytes` bytes with `sums` [n_blocks] as they are read, but for
+        those that are `sound` [n_blocks] already, where more are marked."""
+        self._check = BlockCheck(memoryview(self._map)[:n_bytes], sums, sound)
+
+    def bytes_from(self, first: int) -> bytes:
+        """The bytes from number `first` to the end, fetched as `read` does."""
+        self._advise(mmap.MADV_WILLNEED, first, len(self._map), mmap.PAGESIZE)
+        content = self._map[first:]
+        self._advise(mmap.MADV_DONTNEED, first, len(self._map), _FAULT_AROUND_BYTES)
+        return content
 
     def read(self, start: int, count: int) -> np.ndarray:
         """A copy of `count` numbers from number `start` on, int64. Raises `CocomixError` for a damaged block."""
         first, last = start * self._dtype.itemsize, (start + count) * self._dtype.itemsize
-        self._advise(mmap.MADV_WILLNEED, first, last, mmap.PAGESIZE if self._check is None else BLOCK_BYTES)
+        is_checked = self._check is None or self._check.is_done(first, last)
+        self._advise(mmap.MADV_WILLNEED, first, last, mmap.PAGESIZE if is_checked else BLOCK_BYTES)
         self._require_sound(first, last)
         numbers = self.array[start : start + count].astype(np.int64)
         self._advise(mmap.MADV_DONTNEED, first, last, _FAULT_AROUND_BYTES)

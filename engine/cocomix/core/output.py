@@ -8,6 +8,7 @@ import sys
 from collections.abc import Generator
 from typing import Any, TextIO, cast
 
+_LINE_UP = "\x1b[A"  # which tqdm writes by itself
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
 
 
@@ -77,10 +78,14 @@ class _Escaping:
 
 
 class _EscapingBars(_Escaping):
-    """The same for standard error, where progress bars begin and end with returns to the start of the line."""
+    """The same for standard error, where progress bars begin and end with returns to the start of the line, and move
+    up by one where there are several."""
 
     def write(self, text: str) -> int:
         """As of any text stream."""
+        if text == _LINE_UP:
+            self._stream.write(text)
+            return len(text)
         inner = text.strip("\r")
         before, _, after = text.partition(inner) if inner else (text, "", "")
         self._stream.write(before + printable(inner) + after)

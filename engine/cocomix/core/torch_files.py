@@ -33,4 +33,6 @@ def _require_sound(content: bytes) -> None:
     except Exception as error:  # zipfile, zlib and others, according to what is damaged
         raise DamagedArchive(f"it is a damaged archive ({error})") from error
     if damaged is not None:
-        raise DamagedArchive(f"the checksum of {damaged} in it does not hold")
+        raise DamagedArchive(
+            f"the checksum of {damaged} in it does not hold, unless it was saved with set_crc32_options(False)"
+        )

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from cocomix.core.errors import CocomixError
+from cocomix.core.errors import CocomixError, NotFiniteError
 from cocomix.core.files import explain_full_disk, read_json, write_own_json
 from cocomix.core.records import as_record
 from cocomix.distributed.background_write import BackgroundWriter, failure
@@ -156,7 +156,8 @@ class CheckpointWriter:
         """Wait until the save that was begun is complete on all ranks, and thin out the older ones.
 
         Returns its folder, None where nothing was begun. Raises `CocomixError` on all ranks where one could not write,
-        for example on a full disk: the older checkpoints are untouched then.
+        for example on a full disk, and `NotFiniteError` where there is no state to write: the older checkpoints are
+        untouched then.
         """
         written, folder = self._written, self._folder
         if written is None or folder is None:
@@ -170,7 +171,8 @@ class CheckpointWriter:
             return folder
         if self._ranks.is_first:
             shutil.rmtree(folder, ignore_errors=True)
-        raise CocomixError(message)
+        not_finite = self._ranks.first_of(str(error) if isinstance(error, NotFiniteError) else None)
+        raise CocomixError(message) if not_finite is None else NotFiniteError(not_finite)
 
     def _thin_out(self) -> None:
         """Delete all but the newest complete checkpoints, and what was begun but never finished."""

@@ -69,9 +69,11 @@ def read_model(path, read: Callable[[Path], T]) -> T:
 
 
 def _is_place_of_checkpoint(folder: Path) -> bool:
-    """Whether a run would have a checkpoint at this place."""
+    """Whether a run would have a checkpoint at this place, and no other program's model is there."""
     folder = folder.absolute()
-    return folder.name.startswith("step-") and folder.parent == checkpoints_folder(folder.parents[1])
+    if not folder.name.startswith("step-") or (folder / "config.json").is_file() or len(folder.parents) < 2:
+        return False
+    return folder.parent == checkpoints_folder(folder.parents[1])
 
 
 def _not_there(checkpoint: Path) -> CocomixError:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cocomix.core import checksums
-from cocomix.core.errors import CocomixError
+from cocomix.core.errors import CocomixError, NotFiniteError
 from cocomix.core.output import note_once
 
 _PREFIX = "crc32/"  # of the metadata's keys
@@ -21,11 +21,11 @@ def checksums_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 
 def require_finite(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Raise `CocomixError` where a tensor holds numbers that are not finite: no training goes on from those."""
+    """Raise `NotFiniteError` where a tensor holds numbers that are not finite: no training goes on from those."""
     for name, tensor in tensors.items():
         # A sum is thirty times as fast; it is not finite too where it is out of range, or where a part is not.
         if tensor.is_floating_point() and not tensor.sum().isfinite() and not _all_finite(tensor):
-            raise CocomixError(
+            raise NotFiniteError(
                 f"{path} is not written: {name} holds numbers that are not finite. Go on from the checkpoint before it "
                 "with a lower train.lr, or more train.warmup_steps"
             )

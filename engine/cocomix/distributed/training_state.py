@@ -2,7 +2,7 @@
 
 However ZeRO cuts the state, each rank holds contiguous pieces of flattened parameters. It writes those, and later
 reads those that it holds then, from whichever files have them: the number of ranks and the ZeRO stage may change in
-between, no rank ever holds more than its own share, and with nothing changed every bit comes back.
+between, no rank ever holds more than its own share and one stored piece, and with nothing changed every bit comes back.
 
 FOLDER/rank-00002-of-00008.safetensors holds tensors NAME/KIND/START (flat, from element START of the parameter NAME;
 KIND is master, exp_avg or exp_avg_sq) and this rank's random states; its metadata name the save it belongs to and

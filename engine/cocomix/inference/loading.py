@@ -84,8 +84,10 @@ def _teacher_of_run(path) -> TeacherConfig:
 def _require_same_teacher(run: Path, teacher) -> None:
     """Raise `CocomixError` where the run's labels are known to be from another teacher or SAE."""
     stored = read_json(run / "run.json", "the run's description").get("teacher_fingerprints")
+    if not isinstance(stored, dict) or not stored:
+        return
     found = teacher.fingerprints()
-    if not isinstance(stored, dict) or stored.get("dtype") != found["dtype"]:
+    if stored.get("dtype") != found["dtype"]:
         return
     for name, key in (("teacher", "teacher.model"), ("sae", "teacher.sae")):
         if stored.get(name) not in (None, found[name]):

@@ -72,8 +72,8 @@ class ShardCache:
     numbers. `fingerprints` (strings by the names of `_NAMES` and `names`) say what the numbers were made from, and each
     shard says that it was made from the same. Blocks are compared with their checksums when they are first read. Shards
     are memory-mapped, a few at a time. Nothing in memory grows with their number but, while they are made, one byte a
-    shard; what there is is found in the folder's listing, since a file system of many machines is slow to ask about
-    each file.
+    shard, and while they are read, one for each 64 KiB that were compared; what there is is found in the folder's
+    listing, since a file system of many machines is slow to ask about each file.
 
     A kind of cache is a subclass: it says what it is called, which entry of meta.json its width follows from, which
     fingerprints it has, and how what it holds turns into numbers and back.
@@ -94,6 +94,7 @@ class ShardCache:
         self._shard_name = re.compile(rf"{self.stem}-(\d{{6}}|[1-9]\d{{6,}})\.bin")
         self._part_name = re.compile(rf"\.{self._shard_name.pattern}\..*\.part")
         self._map = functools.lru_cache(maxsize=64)(self._map_shard)
+        self._sound_blocks: dict[int, np.ndarray] = {}  # by shard, which blocks hold what their checksums say
 
     def __reduce__(self):
         return type(self), (self.folder, self._meta)  # a worker process maps the shards itself
@@ -280,7 +281,8 @@ class ShardCache:
                 left -= len(content)
             if file.read() != digest.digest():
                 return "is damaged (its checksum does not hold)"
-        return self._foreign(shard, self._open(shard).bytes)
+        layout = self._layout(shard)
+        return self._foreign(layout, self._open(shard).bytes_from(layout.data_bytes))
 
     def _path(self, shard):
         return self.folder / f"{self.stem}-{shard:06d}.bin"
@@ -299,19 +301,22 @@ class ShardCache:
 
     def _map_shard(self, shard):
         file, layout = self._open(shard), self._layout(shard)
-        self._require_sound(shard, self._foreign(shard, file.bytes))
-        sums = layout.sums(file.bytes)
-        if sums is not None:
-            file.check(layout.data_bytes, sums)
+        if layout.n_sums == 0:
+            return file
+        sound = self._sound_blocks.setdefault(shard, np.zeros(layout.n_sums, dtype=bool))
+        if not sound.all():
+            trailer = file.bytes_from(layout.data_bytes)
+            self._require_sound(shard, self._foreign(layout, trailer))
+            file.check(layout.data_bytes, layout.sums(trailer), sound)
         return file
 
     def _open(self, shard):
         n_bytes, unit = self._layout(shard).n_bytes, self.stem.replace("-", " ")
         return MappedFile(self._path(shard), _DTYPE, n_bytes, unit=unit, remedy=_REMEDY)
 
-    def _foreign(self, shard, content: memoryview) -> str | None:
+    def _foreign(self, layout: ShardLayout, trailer: bytes) -> str | None:
         """What is wrong with a shard that belongs to another cache."""
-        is_own = self._layout(shard).origin_in(content) == self._origin
+        is_own = layout.origin_in(trailer) == self._origin
         return None if is_own else "was not made from what meta.json says"
 
 

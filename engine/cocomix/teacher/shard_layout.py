@@ -23,20 +23,17 @@ class ShardLayout:
 
     def __init__(self, data_bytes: int, origin: bytes | None):
         self.data_bytes, self.origin = data_bytes, origin
-        self._n_sums = 0 if origin is None else block_count(data_bytes)
-        self._before_origin = data_bytes + self._n_sums * SUM_DTYPE.itemsize
-        self.hashed_bytes = self._before_origin + len(origin or b"")
+        self.n_sums = 0 if origin is None else block_count(data_bytes)
+        self.hashed_bytes = data_bytes + self.n_sums * SUM_DTYPE.itemsize + len(origin or b"")
         self.n_bytes = self.hashed_bytes + _SHA256_BYTES
 
-    def sums(self, content: memoryview) -> np.ndarray | None:
-        """The checksums of the blocks of the numbers, in a whole shard; None where it has none."""
-        if self.origin is None:
-            return None
-        return np.frombuffer(content, SUM_DTYPE, self._n_sums, self.data_bytes)
+    def sums(self, trailer: bytes) -> np.ndarray:
+        """The checksums of the blocks of the numbers, in what follows those."""
+        return np.frombuffer(trailer, SUM_DTYPE, self.n_sums)
 
-    def origin_in(self, content: memoryview) -> bytes | None:
-        """The origin that a whole shard names; None where it names none."""
-        return None if self.origin is None else bytes(content[self._before_origin : self.hashed_bytes])
+    def origin_in(self, trailer: bytes) -> bytes | None:
+        """The origin that is named in what follows the numbers; None where none is."""
+        return None if self.origin is None else trailer[-_SHA256_BYTES - len(self.origin) : -_SHA256_BYTES]
 
 
 class ShardSums:

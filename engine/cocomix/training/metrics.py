@@ -36,14 +36,19 @@ class MetricsLog:
 
     Opening drops the lines after step `from_step` (what a resumed run will write again). Every line is one JSON
     object with `kind` ("train", "eval", "event" or "summary"), `step` and `tokens`, and a checksum of the rest.
-    `n_lines` is how many there are. `settings` are the JSON values of the run's record, of which Weights & Biases knows
-    the run by `id`.
+    `n_lines` is how many there are, `step_times` the seconds a step of the training lines, `peak_memory_gib` the
+    largest peak that they tell. `settings` are the JSON values of the run's record, of which Weights & Biases knows the
+    run by `id`.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, from_step: int, settings: dict):
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / FILE_NAME
-        self.n_lines = self._keep_until(from_step)
+        # Of all lines, resumed parts included: reading them again takes seconds in a long run.
+        self.n_lines, self.peak_memory_gib = 0, 0.0
+        self.step_times: list[float] = []
+        self._evaluated: set[int] = set()
+        self._keep_until(from_step)
         self._file = open(self._path, "ab", buffering=0)
         self._unwritten, self._survives_full_disk, self._has_said = b"", config.continue_after_failed_save, False
         self._tensorboard = _open_tensorboard(folder, from_step) if config.tensorboard else None
@@ -68,7 +73,7 @@ class MetricsLog:
         self._log_to_wandb(step, tokens, {f"event/{event}": 1} | ({} if loss is None else {"event/loss": loss}))
 
     def _append(self, record: dict[str, Any]) -> None:
-        self.n_lines += 1
+        self._take_in(record)
         self._unwritten += _as_line(record).encode()
         while self._unwritten:
             self._unwritten = self._unwritten[self._file.write(self._unwritten) or 0 :]
@@ -92,15 +97,7 @@ class MetricsLog:
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the evaluation of a step is there: a run that was killed at its end makes it again."""
-        return any(record["kind"] == "eval" and record["step"] == step for record in self._records())
-
-    def step_times(self) -> list[float]:
-        """Seconds a step, one figure for each training line of the whole run, resumed parts included."""
-        return [record["step_time_s"] for record in self._records() if record["kind"] == "train"]
-
-    def peak_memory_gib(self) -> float:
-        """The largest peak of the whole run, GiB."""
-        return max(record["peak_memory_gib"] for record in self._records() if record["kind"] == "train")
+        return step in self._evaluated
 
     def close(self) -> None:
         """Flush and close everything. What a full disk keeps from being flushed is lost."""
@@ -112,16 +109,22 @@ class MetricsLog:
         if self._wandb is not None:
             self._wandb.finish()
 
-    def _keep_until(self, step):
+    def _keep_until(self, step: int) -> None:
         if not self._path.exists():
-            return 0
+            return
         kept = [record for record in read_metrics(self._path) if record["step"] <= step and record["kind"] != "summary"]
         with atomic_write(self._path, "w") as file:
             file.writelines(map(_as_line, kept))
-        return len(kept)
+        for record in kept:
+            self._take_in(record)
 
-    def _records(self):
-        return readable_lines(self._path)
+    def _take_in(self, record: dict[str, Any]) -> None:
+        self.n_lines += 1
+        if record["kind"] == "eval":
+            self._evaluated.add(record["step"])
+        elif "step_time_s" in record:  # a training line
+            self.step_times.append(record["step_time_s"])
+            self.peak_memory_gib = max(self.peak_memory_gib, record["peak_memory_gib"])
 
 
 _CHECKSUM = "crc32"  # the key of a line's own
@@ -171,7 +174,7 @@ def _line(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line.decode())
         if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
             return None
-        if _CHECKSUM in record and record.pop(_CHECKSUM) != checksums.of_value(record):
+        if _CHECKSUM in record and record.pop(_CHECKSUM) != checksums.of_parsed(record):
             return None
     except (ValueError, RecursionError):
         return None

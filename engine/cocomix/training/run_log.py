@@ -107,7 +107,10 @@ class RunLog:
         """Write the line of a finished run: its last evaluation and typical speed, resumed parts included."""
         if self._metrics is None:
             return
-        times = sorted(self._metrics.step_times()[1:] or self._metrics.step_times())  # the first holds start-up costs
+        times = sorted(self._metrics.step_times[1:] or self._metrics.step_times)  # the first holds start-up costs
+        if not times:
+            tqdm.write("metrics.jsonl has lost its training lines: there is no summary of them", file=sys.stderr)
+            return
         median = statistics.median(times)
         self._metrics.write(
             "summary",
@@ -119,7 +122,7 @@ class RunLog:
             step_time_s=median,
             step_time_p10_s=times[len(times) // 10],
             step_time_p90_s=times[-1 - len(times) // 10],
-            peak_memory_gib=self._metrics.peak_memory_gib(),
+            peak_memory_gib=self._metrics.peak_memory_gib,
             elapsed_s=self.elapsed_s,
         )
 

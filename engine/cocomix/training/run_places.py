@@ -5,7 +5,6 @@ lay from the run's folder and on the machine (`paths`). Token files are told fro
 """
 
 import os
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from cocomix.core.config import Config
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import read_json
 from cocomix.core.model_names import HUB
+from cocomix.core.output import encodable, note_once
 from cocomix.core.records import as_record
 from cocomix.data.token_files import SPLITS, TokenFiles
 from cocomix.training.run_record import FILE_NAME, Place
@@ -26,10 +26,14 @@ def places_of(config: Config) -> dict[str, Place]:
     place."""
     named = {DATA: config.data.folder, TEACHER: config.teacher.model, SAE: config.teacher.sae}
     return {
-        key: Place(os.path.relpath(name, config.train.run), os.path.abspath(name))
+        key: Place(os.path.relpath(name, config.train.run), _if_encodable(os.path.abspath(name)))
         for key, name in named.items()
         if name and not name.startswith(HUB)
     }
+
+
+def _if_encodable(path: str) -> str | None:
+    return path if encodable(path) else None
 
 
 def fingerprints_of(tokens: TokenFiles) -> dict[str, str]:
@@ -107,7 +111,8 @@ class _Known:
     def written(self, key: str) -> str | None:
         """What the config said."""
         section, _, name = key.partition(".")
-        return (self.config.get(section) or {}).get(name)
+        settings = self.config.get(section)
+        return settings.get(name) if isinstance(settings, dict) else None
 
     def places(self, run: Path, key: str) -> list[str]:
         """Where it may be, the likeliest first: as seen from the run, where it lay, from the working directory."""
@@ -115,7 +120,8 @@ class _Known:
         if not name or place is None:
             return [name] if name else []
         moved = [os.path.join(folder, place.relative) for folder in (os.path.abspath(run), os.path.realpath(run))]
-        return list(dict.fromkeys(os.path.abspath(path) for path in (*moved, place.absolute, name)))
+        likely = (*moved, place.absolute, name)
+        return list(dict.fromkeys(os.path.abspath(path) for path in likely if path is not None))
 
     def told(self, run: Path, key: str, found: str) -> str:
         """The place that was found, with a note where it is neither what the config said nor where it lay; as the
@@ -124,5 +130,5 @@ class _Known:
         if name is not None and os.path.abspath(name) == found:
             return name
         if found != self.paths[key].absolute:
-            print(f"note: {key} of {run} was {self.paths[key].absolute}; taken from {found}", file=sys.stderr)
+            note_once(f"{key} of {run} was {self.paths[key].absolute or name}; taken from {found}")
         return found

@@ -29,10 +29,11 @@ class DataRecord:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a file or folder lay when a run was trained: from the run's folder, and on the machine."""
+    """Where a file or folder lay when a run was trained: from the run's folder, and on the machine (None where that is
+    not UTF-8)."""
 
     relative: str
-    absolute: str
+    absolute: str | None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cocomix.core.config import Config
-from cocomix.core.errors import CocomixError
+from cocomix.core.errors import CocomixError, NotFiniteError
 from cocomix.core.files import atomic_folder
 from cocomix.core.manifest import write_manifest
 from cocomix.distributed.checkpoint import CheckpointWriter
@@ -49,12 +49,12 @@ class SavePolicy:
         """Wait until the last save is written.
 
         Where it could not be, on any rank, raises `CocomixError`, or with train.continue_after_failed_save says so and
-        continues: training is at `step`.
+        continues, but not from weights that are not finite: training is at `step`.
         """
         try:
             self._writer.finish()
         except CocomixError as error:
-            if not self._config.train.continue_after_failed_save:
+            if isinstance(error, NotFiniteError) or not self._config.train.continue_after_failed_save:
                 raise
             self.saved_step = None
             if self._ranks.is_first:

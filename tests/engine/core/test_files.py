@@ -262,8 +262,8 @@ def test_a_failed_exchange_brings_the_old_folder_back(tmp_path, monkeypatch):
 
 
 def test_what_a_crash_left_aside_is_swept_up_by_the_next_writer(tmp_path):
-    (tmp_path / ".out.old").mkdir()
-    (tmp_path / ".out.old" / "a").write_text("older")
+    (tmp_path / ".out.cocomix-old").mkdir()
+    (tmp_path / ".out.cocomix-old" / "a").write_text("older")
     for content in ("new", "newest"):
         with atomic_folder(tmp_path / "out") as aside:
             fill(aside, content)
@@ -430,8 +430,8 @@ def test_what_is_written_aside_is_known_by_its_final_name(tmp_path):
 
 def test_an_old_folder_that_was_being_replaced_comes_back_or_goes(tmp_path):
     for name in ("cut-off", "replaced"):
-        (tmp_path / f".{name}.old").mkdir()
-        (tmp_path / f".{name}.old" / "file").write_text("old")
+        (tmp_path / f".{name}.cocomix-old").mkdir()
+        (tmp_path / f".{name}.cocomix-old" / "file").write_text("old")
     (tmp_path / "replaced").mkdir()
     (tmp_path / "replaced" / "file").write_text("new")
     sweep_leftovers(tmp_path)

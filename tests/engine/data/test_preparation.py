@@ -300,7 +300,9 @@ def test_token_files_are_those_that_tiktoken_makes(tmp_path, tokenizer, long, mo
         assert (files.folder / f"{name}.bin").read_bytes() == np.array(ids, dtype=np.uint16).tobytes()
 
 
-@pytest.mark.parametrize("name", [*MADE[2:], "meta.json", "tokenizer/tokenizer.json", "tokenizer/checksums.json"])
+@pytest.mark.parametrize(
+    "name", [*MADE[2:], "meta.json", "tokenizer/tokenizer.json", "tokenizer/cocomix_checksums.json"]
+)
 def test_no_damaged_file_is_called_up_to_date(config, name, capsys):
     folder = prepare(config).folder
     capsys.readouterr()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from stored_json import change_json
 
-from cocomix.core.block_sums import BLOCK_BYTES
+from cocomix.core.block_sums import BLOCK_BYTES, SUM_DTYPE, BlockSums
 from cocomix.core.errors import CocomixError
 from cocomix.core.mapped_file import MappedFile
 from cocomix.data.preparation import prepare
@@ -54,10 +54,21 @@ def in_page_cache(descriptor, position):
         pytest.skip("this file system does not say what it has in memory")
 
 
-def test_a_window_is_fetched_without_what_lies_around_it(tmp_path):
+def checksums_of(path):
+    sums = BlockSums()
+    sums.update(path.read_bytes())
+    return np.frombuffer(sums.digest(), SUM_DTYPE)
+
+
+@pytest.mark.parametrize("sound", [None, False, True], ids=["without checksums", "first time", "again"])
+def test_a_window_is_fetched_without_what_lies_around_it(tmp_path, sound):
     path, n_bytes = tmp_path / "numbers.bin", 16 << 20
     path.write_bytes(os.urandom(n_bytes))
     mapped = MappedFile(path, "<u2", n_bytes, unit="tokens", remedy="mend")
+    around = {-65536, 8192, 65536, 262_144}
+    if sound is not None:
+        mapped.check(n_bytes, checksums_of(path), np.full(n_bytes // BLOCK_BYTES, sound))
+        around -= set() if sound else {8192}  # in the same block
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -68,7 +79,7 @@ def test_a_window_is_fetched_without_what_lies_around_it(tmp_path):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         assert mapped.read(middle // 2, 1024).tolist() == expected.tolist()
         assert in_page_cache(file.fileno(), middle)
-        assert not any(in_page_cache(file.fileno(), middle + offset) for offset in (-65536, 8192, 65536, 262_144))
+        assert not any(in_page_cache(file.fileno(), middle + offset) for offset in around)
 
 
 def test_a_split_shorter_than_a_window_says_how_long_it_is(make_split):

@@ -1,6 +1,7 @@
 """`cocomix export`: any checkpoint as a folder that transformers loads, and what bad input gets."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cocomix.cli import main
 from cocomix.core.errors import CocomixError
-from cocomix.distributed.export import export
+from cocomix.distributed.export import export, find_model, load_model
 
 
 @pytest.fixture
@@ -141,3 +142,22 @@ def test_an_existing_out_and_a_folder_without_a_model_are_refused(folder, tmp_pa
     with pytest.raises(CocomixError, match="holds no model"):
         export(tmp_path / "out", tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_names_that_concepts_get_later_do_not_make_a_folder_damaged(folder, tmp_path):
+    (folder / "concept_names.json").write_text('{"2": "old"}')
+    out = export(folder, tmp_path / "out")
+    (out / "concept_names.json").write_text('{"2": "new", "3": "another"}')
+    load_model(out)
+
+
+@pytest.mark.parametrize("place", ["checkpoints/step-500", "runs/checkpoints/step-500"])
+def test_another_programs_model_may_lie_where_a_checkpoint_would(folder, tmp_path, place):
+    shutil.copytree(folder, tmp_path / place)
+    assert find_model(tmp_path / place) == tmp_path / place
+    load_model(tmp_path / place)
+
+
+def test_a_checkpoint_at_the_root_is_no_run():
+    with pytest.raises(CocomixError, match="holds no model"):
+        find_model("/step-1")

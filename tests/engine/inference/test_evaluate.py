@@ -86,7 +86,7 @@ def test_what_does_not_fit_is_one_line_and_exit_code_2(world, capsys, arguments,
         content = json.loads(file.read_text())
         content["model"]["vocab"] |= {"A": content["model"]["vocab"]["B"], "B": content["model"]["vocab"]["A"]}
         file.write_text(json.dumps(content))
-        (other / "tokenizer/checksums.json").unlink()
+        (other / "tokenizer/cocomix_checksums.json").unlink()
     capsys.readouterr()
     assert main(["eval", *(text.replace("OUT", str(world.folder)) for text in arguments)]) == 2
     error = capsys.readouterr().err

@@ -393,7 +393,7 @@ def odd_ones(world):
     settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
     settings = {key: value for key, value in settings.items() if key not in ("bos_token", "eos_token")}
     (world.folder / "endless/tokenizer_config.json").write_text(json.dumps(settings))
-    (world.folder / "endless/checksums.json").unlink()
+    (world.folder / "endless/cocomix_checksums.json").unlink()
 
 
 def test_a_folder_named_data_is_a_text_like_any_other(world, tmp_path, monkeypatch):

@@ -521,6 +521,6 @@ def test_truncated_safetensors_are_reported(tmp_path, keep):
 def test_own_config_that_contradicts_the_tensors_is_refused(tmp_path, change, words):
     random_sae().save(tmp_path)
     change_json(tmp_path / "config.json", change)
-    (tmp_path / "checksums.json").unlink()
+    (tmp_path / "cocomix_checksums.json").unlink()
     with pytest.raises(CocomixError, match=words):
         SparseAutoencoder.load(tmp_path)

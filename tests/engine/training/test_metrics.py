@@ -85,8 +85,8 @@ def test_figures_of_the_whole_run_include_the_part_before_a_resume(tmp_path):
     fill(tmp_path, 4)
     log = open_log(tmp_path, from_step=4)
     log.write("train", 5, 640, **TRAIN | {"step_time_s": 0.75})
-    assert log.step_times() == [0.5] * 4 + [0.75]
-    assert log.peak_memory_gib() == 4.0
+    assert log.step_times == [0.5] * 4 + [0.75]
+    assert log.peak_memory_gib == 4.0
     log.close()
 
 
