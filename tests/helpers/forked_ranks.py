@@ -7,11 +7,14 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+from tqdm import tqdm
 
 import cocomix.teacher.concept_teacher
 import cocomix.teacher.sae
@@ -136,6 +139,7 @@ def _fork(arguments: list[str], log: Path, sync_s: float, environment: dict[str,
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.environ.update(environment)
+        tqdm.set_lock(threading.RLock())  # the one that all forks share stays taken where its holder is killed
         sync = os.fsync
         os.fsync = lambda descriptor: (time.sleep(sync_s), sync(descriptor))
         if environment["RANK"] != "0" and arguments[0] == "train":

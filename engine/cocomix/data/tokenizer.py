@@ -57,6 +57,12 @@ def load_tokenizer(name: str):
         raise CocomixError(f"the tokenizer {name} cannot be loaded: {first_line(error)}") from error
 
 
+def encode_document(tokenizer, text: str, **options):
+    """What a transformers tokenizer makes of a document or of a piece of it, by the rule of `cocomix data`: what spells
+    a special token in it, "<|endoftext|>" for example, is text like any other."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False, **options)
+
+
 def vocab_size_of(tokenizer) -> int:
     """Highest id plus one. Raises `CocomixError` for a tokenizer that cannot make token files."""
     where = f"the tokenizer {tokenizer.name_or_path}"

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from cocomix.core.errors import CocomixError
+from cocomix.data.tokenizer import encode_document
 from cocomix.inference.loading import UsableModel
 
 _CHARACTERS = 16  # of a text for each token that is wanted, at first; more where that is too little
@@ -88,7 +89,7 @@ def first_tokens(tokenizer, text: str, n: int) -> tuple[list[int], int]:
     size = _CHARACTERS * n + 1024
     while True:
         end = len(text) if size >= len(text) else _last_word_end(text, size)
-        found = tokenizer(text[:end], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        found = encode_document(tokenizer, text[:end], return_offsets_mapping=True)
         ids, places = found["input_ids"], found["offset_mapping"]
         if end == len(text) or len(ids) >= n + _UNSETTLED:
             return ids[:n], places[min(n, len(ids)) - 1][1] if ids else 0

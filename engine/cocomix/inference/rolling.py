@@ -24,6 +24,7 @@ from cocomix.core.config import DataConfig
 from cocomix.core.errors import CocomixError
 from cocomix.data.documents import Piece, pieces, require_text
 from cocomix.data.sources import Source, open_sources
+from cocomix.data.tokenizer import encode_document
 from cocomix.distributed.export import description_folder, find_model, read_model
 from cocomix.distributed.ranks import own_device
 from cocomix.inference.loading import UsableModel, load_usable
@@ -175,7 +176,7 @@ def _encoded(document: Iterable[Piece], tokenizer, score: RollingScore) -> Itera
         score.words += len(_BLANKS.findall(text)) - (ended_blank and text[0].isspace())  # a stretch of blanks, cut
         ended_blank = text[-1].isspace()
         score.bytes += len(text.encode())
-        ids = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+        ids = np.array(encode_document(tokenizer, text)["input_ids"], dtype=np.int64)
         score.tokens += len(ids)
         yield ids
 

@@ -4,7 +4,9 @@ import pytest
 from data_helpers import encode_whole
 
 from cocomix.core.errors import CocomixError
-from cocomix.data.tokenizer import token_dtype, train_tokenizer, vocab_size_of
+from cocomix.data.documents import Piece
+from cocomix.data.tokenizer import END_OF_TEXT, encode_document, token_dtype, train_tokenizer, vocab_size_of
+from cocomix.data.tokenizing import tokenize
 
 
 def test_a_trained_tokenizer_is_lossless_and_starts_with_the_end_of_text_token(tokenizer):
@@ -26,3 +28,12 @@ def test_a_small_corpus_gives_a_smaller_vocabulary():
 def test_ids_take_two_bytes_as_long_as_they_fit(vocab_size, name):
     assert token_dtype(vocab_size).name == name
     assert token_dtype(vocab_size).newbyteorder("<") == token_dtype(vocab_size)
+
+
+def test_a_special_tokens_spelling_in_a_document_is_text(tokenizer):
+    text = f"one{END_OF_TEXT}two"
+    ids = encode_document(tokenizer, text)["input_ids"]
+    [(_, expected)] = tokenize(iter([Piece(0, text, False)]), tokenizer)
+    assert ids == expected.tolist() and tokenizer.eos_token_id not in ids
+    assert tokenizer.decode(ids) == text
+    assert tokenizer(text)["input_ids"].count(tokenizer.eos_token_id) == 1  # as in a prompt, before and after
