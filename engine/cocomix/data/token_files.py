@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +16,7 @@ from cocomix.core.files import atomic_write, read_json
 from cocomix.core.mapped_file import MappedFile
 from cocomix.core.output import note_once
 from cocomix.core.records import FileName, Positive, as_record
+from cocomix.data.left_out import LeftOut
 from cocomix.data.tokenizer import TOKEN_DTYPE, load_tokenizer
 
 FORMAT = 1
@@ -48,7 +49,8 @@ class SplitRecord:
 
 @dataclass(frozen=True)
 class TokenMeta:
-    """meta.json of a folder of token files. `settings` and `sources` say what they were made from."""
+    """meta.json of a folder of token files. `settings` and `sources` say what they were made from, `left_out` what of
+    that is not in them, or not as it stands; earlier versions did not count it."""
 
     format: int
     vocab_size: Annotated[int, msgspec.Meta(gt=0, le=1 << 16)]
@@ -58,6 +60,7 @@ class TokenMeta:
     settings: dict[str, Any]
     sources: list[dict[str, Any]]
     dtype: str = "uint16"
+    left_out: list[LeftOut] = field(default_factory=list)
 
 
 def describe_split(folder: Path, name: str, counts: dict[str, int]) -> SplitRecord:

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from cocomix.core.config import DataConfig
 from cocomix.core.errors import CocomixError
 from cocomix.data.documents import Piece, pieces, require_text
-from cocomix.data.sources import Source, open_sources
+from cocomix.data.left_out import HOW_TO_SKIP, say
+from cocomix.data.sources import Source, left_out_of, open_sources
 from cocomix.distributed.export import description_folder, find_model, read_model
 from cocomix.distributed.ranks import own_device
 from cocomix.inference.loading import UsableModel, load_usable
@@ -103,6 +104,8 @@ def evaluate_texts(checkpoints: list[str], options: RollingOptions) -> list[Roll
         seq_len, stride = _window_sizes(usable.context, options)
         with _named_as_options():
             score = rolling_score(usable, sources, seq_len, stride, options.batch)
+        if not scores:
+            say(left_out_of(sources))
         print(_line(checkpoint, score, seq_len, stride), flush=True)
         scores.append(score)
     return scores
@@ -232,7 +235,7 @@ def _named_as_options():
         yield
     except CocomixError as error:
         message = str(error).replace("set data.text_key", "name it with --text-key")
-        message = message.replace("or take it out of data.text", "or leave it out")
+        message = message.replace(HOW_TO_SKIP, "").replace("or take it out of data.text", "or leave it out")
         raise CocomixError(re.sub("^data.text: ", "--text: ", message)) from error
 
 
