@@ -13,23 +13,24 @@ from cocomix.data.tables import read_arrow, read_parquet
 from cocomix.data.text_files import encoding_of, look_through, read_text
 
 TEXT, PARQUET, ARROW = "text", "Parquet", "Arrow"
-NOT_TEXT = "binary or not UTF-8 text"
+NOT_TEXT = "not UTF-8 text"
 UNDECODABLE = "text with undecodable bytes, read as U+FFFD"
 NULS = "text with NUL characters, kept"
 _START_BYTES = 1 << 18  # of a file, that tell what it is
 _JSON_LINES_NAMES = (".jsonl", ".ndjson")
 _TABLE_NAMES = {".parquet": PARQUET, ".arrow": ARROW}
-_TABLE_STARTS = {b"PAR1": PARQUET, b"ARROW1": ARROW, b"\xff\xff\xff\xff": ARROW}
+_TABLE_STARTS = {b"PAR1\x15": PARQUET, b"ARROW1\0\0": ARROW, b"\xff\xff\xff\xff": ARROW}
 _FOREIGN_STARTS = {
     b"PK\x03\x04": "zip archive",
     b"7z\xbc\xaf\x27\x1c": "7z archive",
-    b"Rar!": "rar archive",
+    b"Rar!\x1a": "rar archive",
     b"\x04\x22\x4d\x18": "lz4 archive",
     b"WARC/": "WARC archive",
     b"%PDF-": "PDF",
     b"\x89PNG": "image",
     b"\xff\xd8\xff": "image",
-    b"GIF8": "image",
+    b"GIF87a": "image",
+    b"GIF89a": "image",
 }
 _TAR_MARK = slice(257, 262)  # "ustar"
 _DATASET_NOTES = ("dataset_info.json", "state.json", "dataset_dict.json")  # of datasets, beside its Arrow files
@@ -131,10 +132,15 @@ def read_documents(path: Path, text_key: str, tally: Tally, is_named: bool) -> I
             yield _text_of(path, kind.encoding, tally)
         elif not is_named:
             tally.add(reason, path)
-        elif reason.startswith("JSON"):
-            raise CocomixError(f"{path} is {reason}; set data.text_key")
         else:
-            raise CocomixError(f"{path} is {reason}: convert it, or take it out of data.text")
+            raise CocomixError(_refusal(path, reason))
+
+
+def _refusal(path: Path, reason: str) -> str:
+    if reason.startswith("JSON"):
+        return f"{path} holds {reason}; set data.text_key"
+    what = f"{path} is {reason}" if reason == NOT_TEXT else f"{path}: no kind of file that is read ({reason})"
+    return f"{what}: convert it, or take it out of data.text"
 
 
 def _text_problem(path: Path, kind: Kind, tally: Tally) -> str | None:

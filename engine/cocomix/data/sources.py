@@ -23,6 +23,7 @@ from cocomix.data.opening import explain_unreadable
 
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 _ENTRY_KEYS = ("path", "weight", "text_key")
+FORMATS_READ = "formats"  # in a fingerprint: which kinds of files were read, where that is not those of version 0.1
 _HIDDEN = "hidden"
 _NO_FILE = "neither a file nor a folder"
 _MADE_HERE = "file in data.folder, which is made here"
@@ -258,7 +259,7 @@ class _LocalFiles:
     def fingerprint(self) -> dict:
         """Where there are files of kinds that versions before 0.2.0 left out or read otherwise, it says so: what those
         versions made of the same files is not the same."""
-        also = {} if all(was_always_read(path) for path in self.files) else {"formats": 2}
+        also = {} if all(was_always_read(path) for path in self.files) else {FORMATS_READ: 2}
         return {"source": self.name, **_listing(self.root, self.files), **also}
 
     def documents(self) -> Iterator[Iterable[str]]:

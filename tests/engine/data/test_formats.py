@@ -163,14 +163,14 @@ def test_a_folder_of_all_kinds_is_read_whole_and_the_rest_is_counted(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("a.json", b'{"body": "b"}', "a.json is JSON without the field 'text'; set data.text_key"),
-        ("a.json", b'[{"body": "b"}]', "a.json is JSON without the field 'text'"),
+        ("a.json", b'{"body": "b"}', "a.json holds JSON without the field 'text'; set data.text_key"),
+        ("a.json", b'[{"body": "b"}]', "a.json holds JSON without the field 'text'"),
         ("a.json", b'[{"text": "b"', "a.json, record 1: it has no end; the file is cut short"),
         ("a.json", b'[{"text": "b"}, {"text": "c', "a.json, record 2: it has no end"),
-        ("a.zip", b"PK\x03\x04", "a.zip is zip archive: convert it"),
-        ("a.txt", "café".encode("latin-1"), "a.txt is binary or not UTF-8 text: convert it"),
-        ("a.tar", b"a" * 257 + b"ustar", "a.tar is tar archive"),
-        ("a.warc.gz", PACKINGS[".gz"](b"WARC/1.0\r\n"), "a.warc.gz is WARC archive"),
+        ("a.zip", b"PK\x03\x04", r"a.zip: no kind of file that is read \(zip archive\): convert it"),
+        ("a.txt", "café".encode("latin-1"), "a.txt is not UTF-8 text: convert it"),
+        ("a.tar", b"a" * 257 + b"ustar", r"a.tar: .* \(tar archive\)"),
+        ("a.warc.gz", PACKINGS[".gz"](b"WARC/1.0\r\n"), r"a.warc.gz: .* \(WARC archive\)"),
         ("a.parquet", b"no table", "a.parquet cannot be read"),
         ("a.arrow", b"no table", "a.arrow cannot be read"),
         ("a.arrow", as_arrow(["a", "b"])[:-150], "a.arrow cannot be read"),
@@ -186,7 +186,7 @@ def test_a_folder_without_text_says_what_it_found(tmp_path):
     for name in ("a.zip", "b.zip", "c.zip", "d.zip"):
         (tmp_path / name).write_bytes(b"PK\x03\x04")
     (tmp_path / "e.bin").write_bytes(b"\0" * 100)
-    found = r"4 x zip archive \(.*a.zip, .*b.zip, .*c.zip, \.\.\.\); 1 x binary or not UTF-8 text \(.*e.bin\)"
+    found = r"4 x zip archive \(.*a.zip, .*b.zip, .*c.zip, \.\.\.\); 1 x not UTF-8 text \(.*e.bin\)"
     with pytest.raises(CocomixError, match=f"there is no text in it, but {found}"):
         require_text(open_sources(DataConfig(text=[str(tmp_path)]))[0])
     only_hidden = tmp_path / "only_hidden"
@@ -198,6 +198,7 @@ def test_a_folder_without_text_says_what_it_found(tmp_path):
 
 def test_text_that_looks_like_json_stays_text(tmp_path):
     texts = {"a.txt": '{"text": "a"}\n', "b.py": '[{"text": "b"}]', "c": "[Chapter 1]", "d": '{"body": "d"}', "e": "{"}
+    texts |= {"f.txt": "PAR1 of 2", "g": "ARROW1", "h": "GIF8 bits", "i": "BZh9"}
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
     assert documents_of(tmp_path) == list(texts.values())
