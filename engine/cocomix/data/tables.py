@@ -46,7 +46,7 @@ def read_arrow(path: Path, text_key: str, tally: Tally) -> Iterator[list[str]]:
             only = ipc.IpcReadOptions(included_fields=[schema.get_field_index(text_key)])
             reader: Any = opened(file, options=only)
             batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
-            yield from _texts(path, (batch.column(0) for batch in batches), tally)
+            yield from _texts(path, (_sound(batch.column(0)) for batch in batches), tally)
 
 
 @contextlib.contextmanager
@@ -55,8 +55,20 @@ def _explained(path: Path) -> Generator[None]:
         import pyarrow
     try:
         yield
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the latter for a column's name
         raise CocomixError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _sound(column: Any) -> Any:
+    """The same column, after a look at where each text lies: a damaged file may point anywhere in memory."""
+    import pyarrow
+
+    try:
+        column.validate(full=True)
+    except pyarrow.ArrowInvalid as error:
+        if "UTF8" not in str(error):  # that is a row's own matter
+            raise
+    return column
 
 
 def _require_text(path: Path, columns: Any, text_key: str) -> None:

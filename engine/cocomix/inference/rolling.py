@@ -37,7 +37,7 @@ _BATCHES_SORTED = 16  # windows of so many batches are sorted by length, so that
 
 @dataclass(frozen=True)
 class RollingOptions:
-    """Texts (files, folders or whatever `data.text` takes), the field or column of JSONL and Parquet files that holds
+    """Texts (files, folders or whatever `data.text` takes), the field or column of records and tables that holds
     the text, tokens that the model reads at a time (None: all its context), predictions that count in each window
     after a document's first (None: all of them), and windows in a forward pass."""
 

@@ -1,5 +1,6 @@
 """Every format that text is kept in: what comes out is what went in, whatever the file is called and packed with."""
 
+import contextlib
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -180,6 +181,29 @@ def test_a_named_file_that_is_not_read_is_refused(tmp_path, name, content, probl
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CocomixError, match=problem):
         documents_of(tmp_path / name)
+
+
+@settings(max_examples=300)
+@given(
+    st.sampled_from(sorted({**JSON_FILES, **TABLE_FILES})),
+    st.sampled_from(sorted(PACKINGS)),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=3),
+    st.floats(0, 1),
+    st.booleans(),
+    st.sampled_from(["stop", "skip"]),
+)
+def test_a_damaged_file_is_read_or_refused(name, packing, changes, end, inside, on_bad_record):
+    content = {**JSON_FILES, **TABLE_FILES}[name](TEXTS)
+    content = content if isinstance(content, bytes) else content.encode()
+    damaged = bytearray(content if inside else PACKINGS[packing](content))
+    for where, byte in changes:
+        damaged[int(where * len(damaged))] = byte
+    damaged = bytes(damaged[: max(1, int(end * 2 * len(damaged)))])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"{name}{packing}")
+        path.write_bytes(PACKINGS[packing](damaged) if inside else damaged)
+        with contextlib.suppress(CocomixError):
+            documents_of(path, on_bad_record=on_bad_record)
 
 
 def test_a_folder_without_text_says_what_it_found(tmp_path):

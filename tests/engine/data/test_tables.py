@@ -67,3 +67,16 @@ def test_a_row_group_that_repeats_a_large_text_is_read_in_little_memory(tmp_path
             peak = max(peak, pyarrow.total_allocated_bytes() - before)
         assert count == 200
         assert peak < 1 << 26
+
+
+def test_offsets_that_lead_out_of_an_arrow_file_are_refused(tmp_path):
+    texts = [f"number {number}" for number in range(50)]
+    rows = pyarrow.table({"text": texts})
+    with ipc.new_stream(str(tmp_path / "a.arrow"), rows.schema) as writer:
+        writer.write_table(rows)
+    content = (tmp_path / "a.arrow").read_bytes()
+    third = b"".join(len("".join(texts[:n])).to_bytes(4, "little") for n in range(4, 8))
+    assert content.count(third) == 1
+    (tmp_path / "a.arrow").write_bytes(content.replace(third, b"\xff\xff\xff\x7f" * 4))
+    with pytest.raises(CocomixError, match=r"a\.arrow cannot be read: .*offset"):
+        documents_of(tmp_path / "a.arrow")
