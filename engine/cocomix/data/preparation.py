@@ -23,6 +23,7 @@ from cocomix.core.locks import only_writer
 from cocomix.core.manifest import require_sound, write_manifest
 from cocomix.core.model_names import without_prefix
 from cocomix.core.origin import differences
+from cocomix.core.output import note_once
 from cocomix.data.documents import Piece, pieces, require_text
 from cocomix.data.left_out import BAD_RECORD, say
 from cocomix.data.sources import FORMATS_READ, Source, left_out_of, open_sources, require_few_bad
@@ -58,7 +59,9 @@ def _up_to_date(folder: Path, config: DataConfig, made_from: dict) -> "TokenFile
     _require_same(files, made_from)
     _require_bad_records_allowed(files, config)
     _require_sound(files)
-    say(files.meta.left_out)
+    if files.meta.left_out is None:
+        note_once(f"{folder} was made by an earlier version, which did not say what it left out of the text")
+    say(files.meta.left_out or [])
     print(f"{folder} is up to date: {_sizes(files)}")
     return files
 
@@ -141,7 +144,7 @@ def _require_same(files: "TokenFiles", made_from: dict) -> None:
 
 
 def _require_bad_records_allowed(files: "TokenFiles", config: DataConfig) -> None:
-    for found in files.meta.left_out:
+    for found in files.meta.left_out or []:
         if found.reason == BAD_RECORD and config.on_bad_record == "stop":
             raise CocomixError(
                 f"{files.folder} was made without {found} of {found.source}: set data.on_bad_record=skip to leave them "

@@ -12,6 +12,9 @@ from cocomix.data.opening import unpacked_on_disk
 
 _PARQUET_ROWS = 256  # that are read at a time
 _PARQUET_BYTES = 1 << 25  # of rows that are read together
+# Of a row group that is read as a dictionary, in which a text that stands in many rows is in memory once. A larger one
+# would take twice the memory that way.
+_REPEATING_BYTES = 1 << 28
 _TEXT_TYPES = ("string", "large_string", "string_view", "null")
 _ARROW_FILE = b"ARROW1"
 
@@ -24,8 +27,8 @@ def read_parquet(path: Path, text_key: str, tally: Tally) -> Iterator[list[str]]
 
         with parquet.ParquetFile(place) as file:
             _require_text(path, file.schema_arrow, text_key)
-        # As a dictionary, a text that stands in many rows is in memory once.
-        with parquet.ParquetFile(place, read_dictionary=[text_key]) as file:
+            repeats = [text_key] if _largest_group(file.metadata) <= _REPEATING_BYTES else []
+        with parquet.ParquetFile(place, read_dictionary=repeats) as file:
             rows = file.iter_batches(_rows_at_once(file.metadata), columns=[text_key])
             yield from _texts(path, (batch.column(0) for batch in rows), tally)
 
@@ -93,6 +96,11 @@ def _texts(path: Path, columns: Iterable[Any], tally: Tally) -> Iterator[list[st
                 tally.bad(f"{path}, row {row}", f"not UTF-8: {error}")
                 continue
             yield from tally.text(text, f"{path}, row {row}")
+
+
+def _largest_group(metadata: Any) -> int:
+    """Bytes of the largest row group of a Parquet file, unpacked."""
+    return max((metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups)), default=0)
 
 
 def _rows_at_once(metadata: Any) -> int:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,7 +50,7 @@ class SplitRecord:
 @dataclass(frozen=True)
 class TokenMeta:
     """meta.json of a folder of token files. `settings` and `sources` say what they were made from, `left_out` what of
-    that is not in them, or not as it stands; earlier versions did not count it."""
+    that is not in them, or not as it stands; None: an earlier version did not count it."""
 
     format: int
     vocab_size: Annotated[int, msgspec.Meta(gt=0, le=1 << 16)]
@@ -60,7 +60,7 @@ class TokenMeta:
     settings: dict[str, Any]
     sources: list[dict[str, Any]]
     dtype: str = "uint16"
-    left_out: list[LeftOut] = field(default_factory=list)
+    left_out: list[LeftOut] | None = None
 
 
 def describe_split(folder: Path, name: str, counts: dict[str, int]) -> SplitRecord:

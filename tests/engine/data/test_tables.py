@@ -1,14 +1,20 @@
 """Parquet and Arrow: bad rows, columns that hold no text, and bounded memory whatever a row group unpacks to."""
 
+import tempfile
+import tracemalloc
+
 import pyarrow
 import pytest
 from data_helpers import documents_of, left_out
 from pyarrow import ipc, parquet
-from text_formats import TABLE_FILES
+from text_formats import PACKINGS, TABLE_FILES, as_parquet
 
+from cocomix.core.config import DataConfig
 from cocomix.core.errors import CocomixError
 from cocomix.data import tables
+from cocomix.data.documents import pieces
 from cocomix.data.left_out import Tally
+from cocomix.data.sources import open_sources
 
 
 def not_utf8(texts):
@@ -80,3 +86,30 @@ def test_offsets_that_lead_out_of_an_arrow_file_are_refused(tmp_path):
     (tmp_path / "a.arrow").write_bytes(content.replace(third, b"\xff\xff\xff\x7f" * 4))
     with pytest.raises(CocomixError, match=r"a\.arrow cannot be read: .*offset"):
         documents_of(tmp_path / "a.arrow")
+
+
+@pytest.mark.parametrize("name", TABLE_FILES)
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_packed_table_is_unpacked_on_disk_and_not_into_memory(tmp_path, monkeypatch, name, packing):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    texts = [str(number) + "x" * (1 << 20) for number in range(40)]
+    (tmp_path / f"{name}{packing}").write_bytes(PACKINGS[packing](TABLE_FILES[name](texts)))
+    before, peak, rows = pyarrow.total_allocated_bytes(), 0, 0
+    tracemalloc.start()
+    try:
+        for _ in pieces(open_sources(DataConfig(text=[str(tmp_path / f"{name}{packing}")]))):
+            peak, rows = max(peak, pyarrow.total_allocated_bytes() - before), rows + 1
+        # Arrow is mapped; of Parquet, a row group and what is read of it at a time are in memory
+        assert rows >= 40 and peak < (1 << 28 if TABLE_FILES[name] is as_parquet else 1 << 23)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    finally:
+        tracemalloc.stop()
+    assert [file.name for file in tmp_path.iterdir()] == [f"{name}{packing}"]
+
+
+def test_a_large_row_group_is_read_without_a_dictionary_and_gives_the_same(tmp_path, monkeypatch):
+    texts = ["one", "two", None, "one"] * 10
+    (tmp_path / "a.parquet").write_bytes(as_parquet(texts))
+    as_dictionary = documents_of(tmp_path)
+    monkeypatch.setattr(tables, "_REPEATING_BYTES", 0)
+    assert documents_of(tmp_path) == as_dictionary == ["one", "two", "one"] * 10
