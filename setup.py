@@ -29,7 +29,8 @@ EXTRAS = {
     ],
     "report": ["matplotlib>=3.9", "jinja2>=3.1"],  # `cocomix report`; torch brings jinja2 along anyway
     "concepts": ["jinja2>=3.1"],  # the page of `cocomix concepts`
-    "data": ["datasets>=4.0", "pyarrow>=15"],  # `hf:NAME` sources and Parquet files of `cocomix data`
+    # of `cocomix data`: `hf:NAME` sources; Parquet, Arrow and whatever zstandard packed
+    "data": ["datasets>=4.0", "pyarrow>=15"],
     # `cocomix eval --tasks`; the harness's adapter for transformers models imports accelerate
     "eval": ["lm-eval>=0.4.13,<0.5", "accelerate>=1.1"],
     "wandb": ["wandb>=0.19"],  # train.wandb_project

@@ -52,7 +52,7 @@ def _add_texts(group):
         metavar="PATH",
         help="a text file, a folder, or whatever data.text takes; may be given several times",
     )
-    group.add_argument("--text-key", metavar="KEY", help="field of JSONL, column of Parquet (default: text)")
+    group.add_argument("--text-key", metavar="KEY", help="field of JSON, column of tables (default: text)")
     group.add_argument(
         "--stride",
         type=int,

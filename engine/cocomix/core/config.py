@@ -28,6 +28,7 @@ LABELS_BY = ("attribution", "activation")
 ATTENTION_BACKENDS = ("torch", "triton", "flash", "cudnn")
 PRECISIONS = ("fp32", "bf16")
 AUTO = "auto"  # a precision that the machine decides, see `cocomix.core.precision`
+ON_BAD_RECORD = ("stop", "skip")
 ZERO_STAGES = (0, 1, 2, 3)
 SCHEDULES = ("cosine", "linear", "wsd", "constant")  # of the learning rate after its warm-up
 
@@ -42,7 +43,11 @@ class DataConfig:
     folder: str = "data"  # train.bin, val.bin, meta.json and tokenizer/ live here
     # files, folders, "stdlib", "hf:NAME[:SPLIT[:SUBSET]]", or mappings {path: ..., weight: ..., text_key: ...}
     text: list[Any] = field(default_factory=list)
-    text_key: str = "text"  # the field of JSONL records and dataset rows that holds the text
+    text_key: str = "text"  # the field of JSON records, or the column of tables, that holds the text
+    # a record that cannot be read: stop | skip, which leaves it out, counts it and says so
+    on_bad_record: str = one_of("stop", ON_BAD_RECORD)
+    # skip: where more than this share of a source's records are bad, stop all the same
+    max_bad_share: float = checked(0.05, lambda share: 0 <= share <= 1, "must lie between 0 and 1")
     tokenizer: str | None = None  # a folder, or hf:NAME on the hub; none: train a byte-level BPE on the text
     # of a tokenizer that is trained here
     vocab_size: int = positive(4096, at_most=2**31, because="token files hold 32 bits")

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from cocomix.core.errors import CocomixError
-from cocomix.data.sources import Source
+from cocomix.data.sources import Source, left_out_of
 
 PIECE_CHARS = 1 << 17
 _CUT_SEARCH_CHARS = 1 << 14
@@ -28,7 +28,8 @@ def require_text(source: Source) -> None:
     for part in source.parts:
         require_text(part)
     if next(pieces([source]), None) is None:
-        raise CocomixError(f"{source.name}: there is no text in it (only empty or binary files or records)")
+        found = "; ".join(str(found) for found in left_out_of([source])) or "no files or records"
+        raise CocomixError(f"{source.name}: there is no text in it, but {found}")
 
 
 def pieces(sources: Iterable[Source]) -> Iterator[Piece]:

@@ -23,8 +23,10 @@ from cocomix.core.locks import only_writer
 from cocomix.core.manifest import require_sound, write_manifest
 from cocomix.core.model_names import without_prefix
 from cocomix.core.origin import differences
+from cocomix.core.output import note_once
 from cocomix.data.documents import Piece, pieces, require_text
-from cocomix.data.sources import Source, open_sources
+from cocomix.data.left_out import BAD_RECORD, say
+from cocomix.data.sources import FORMATS_READ, Source, left_out_of, open_sources, require_few_bad
 from cocomix.data.token_files import FORMAT, SPLITS, SplitRecord, TokenFiles, TokenMeta, describe_split, scan
 from cocomix.data.tokenizer import load_tokenizer, token_dtype, train_tokenizer, vocab_size_of
 from cocomix.data.tokenizing import tokenize
@@ -43,19 +45,23 @@ def prepare(config: DataConfig) -> "TokenFiles":
     sources = open_sources(config)
     made_from = {"settings": _settings(config), "sources": [source.fingerprint() for source in sources]}
     if (folder / "meta.json").exists():
-        return _up_to_date(folder, made_from)
+        return _up_to_date(folder, config, made_from)
     for source in sources:
         require_text(source)
     with only_writer(folder, "cocomix data"):
         if (folder / "meta.json").exists():  # another process has made it meanwhile
-            return _up_to_date(folder, made_from)
+            return _up_to_date(folder, config, made_from)
         return _make(folder, config, sources, made_from)
 
 
-def _up_to_date(folder: Path, made_from: dict) -> "TokenFiles":
+def _up_to_date(folder: Path, config: DataConfig, made_from: dict) -> "TokenFiles":
     files = TokenFiles.open(folder)
     _require_same(files, made_from)
+    _require_bad_records_allowed(files, config)
     _require_sound(files)
+    if files.meta.left_out is None:
+        note_once(f"{folder} was made by an earlier version, which did not say what it left out of the text")
+    say(files.meta.left_out or [])
     print(f"{folder} is up to date: {_sizes(files)}")
     return files
 
@@ -72,6 +78,8 @@ def _make(folder: Path, config: DataConfig, sources: list[Source], made_from: di
     for source in sources:
         if source.ended_with:
             print(f"{source.name} ends with {source.ended_with}, all of which is in it")
+    left_out = left_out_of(sources)
+    say(left_out)
     _save_tokenizer(tokenizer, config.tokenizer, folder / "tokenizer")
     meta = TokenMeta(
         format=FORMAT,
@@ -80,6 +88,7 @@ def _make(folder: Path, config: DataConfig, sources: list[Source], made_from: di
         eot_id=cast(int, tokenizer.eos_token_id),
         splits=splits,
         val_unigram_perplexity=_unigram_perplexity(folder, splits, vocab_size),
+        left_out=left_out,
         **made_from,
     )
     write_own_json(folder / "meta.json", dataclasses.asdict(meta))
@@ -122,13 +131,26 @@ def _require_same(files: "TokenFiles", made_from: dict) -> None:
     changes = [f"data.{found.name} was {found.stored!r} and is {found.present!r}" for found in differences(was, now)]
     if was.get("text") == now["text"]:
         for old, new in zip(files.meta.sources, made_from["sources"], strict=False):
-            if old != new:
+            if old == new:
+                continue
+            if old == {name: value for name, value in new.items() if name != FORMATS_READ}:
+                changes.append(f"more kinds of files are read now than were then in {new['source']}")
+            else:
                 changes.append(f"the text changed: {_size(old)} then, {_size(new)} now (sizes, names and times count)")
     if changes:
         raise CocomixError(
             f"{files.folder} was made from something else: {'; '.join(changes)}. Set data.folder to another folder, or "
             f"delete {files.folder} to make it anew"
         )
+
+
+def _require_bad_records_allowed(files: "TokenFiles", config: DataConfig) -> None:
+    for found in files.meta.left_out or []:
+        if found.reason == BAD_RECORD and config.on_bad_record == "stop":
+            raise CocomixError(
+                f"{files.folder} was made without {found} of {found.source}: set data.on_bad_record=skip to leave them "
+                f"out, or mend them, delete {files.folder} and make it anew"
+            )
 
 
 def _size(fingerprint: dict) -> str:
@@ -140,9 +162,14 @@ def _size(fingerprint: dict) -> str:
 def _train_tokenizer(config: DataConfig, sources: list[Source]):
     side = Splitter(config.val_fraction)
     with _progress(sources, "tokenizer") as progress:
-        return train_tokenizer(
-            (piece.text for piece in _shown(pieces(sources), progress) if side(piece) == "train"), config.vocab_size
-        )
+        stream = _checked(_shown(pieces(sources), progress), config, sources)
+        return train_tokenizer((piece.text for piece in stream if side(piece) == "train"), config.vocab_size)
+
+
+def _checked(stream: Iterable[Piece], config: DataConfig, sources: list[Source]) -> Iterator[Piece]:
+    """The same pieces. Raises `CocomixError` at their end where too many records were bad."""
+    yield from stream
+    require_few_bad(sources, config.max_bad_share)
 
 
 def _save_tokenizer(tokenizer, origin: str | None, folder: Path) -> None:
@@ -205,6 +232,7 @@ def _write_token_files(folder: Path, config: DataConfig, sources: list[Source], 
             progress.set_postfix_str(f"{total / 1e6:.1f}M tokens", refresh=False)
             if piece.last and 0 < config.max_tokens <= total and counts["val"]["documents"]:
                 break
+        require_few_bad(sources, config.max_bad_share)
         if counts["val"]["documents"] == 0:
             _share_one_document(files, counts, config.val_fraction, dtype)
     return {name: describe_split(folder, name, counts[name], dtype) for name in SPLITS}

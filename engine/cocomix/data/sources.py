@@ -1,35 +1,32 @@
-"""Where text comes from: files, folders, globs, JSONL, Parquet, the standard library, Hugging Face datasets, mixtures.
+"""Where text comes from: files, folders, globs, the standard library, Hugging Face datasets, mixtures.
 
 Every source streams its documents, so memory depends neither on the size of the corpus nor on that of its largest file.
 """
 
-import codecs
-import contextlib
 import glob
 import hashlib
-import json
 import math
 import os
 import platform
 import sysconfig
-import zlib
 from collections.abc import Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Protocol, cast
+from typing import Any, Protocol
 
 from cocomix.core.config import DataConfig
 from cocomix.core.errors import CocomixError
 from cocomix.core.extras import needs
+from cocomix.data.formats import is_plainly_text, read_documents, was_always_read
+from cocomix.data.left_out import LeftOut, Tally
+from cocomix.data.opening import explain_unreadable
 
-_BLOCK_CHARS = 1 << 17  # of a plain text file that are read at a time
-_PARQUET_ROWS = 256  # that are read at a time
-_PARQUET_BYTES = 1 << 25  # of rows that are read together
-_LINE_BYTES = 1 << 27  # of a JSONL record
-_JSONL = (".jsonl", ".jsonl.gz", ".json.gz")
-_PARQUET = (".parquet",)
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 _ENTRY_KEYS = ("path", "weight", "text_key")
+FORMATS_READ = "formats"  # in a fingerprint: which kinds of files were read, where that is not those of version 0.1
+_HIDDEN = "hidden"
+_NO_FILE = "neither a file nor a folder"
+_MADE_HERE = "file in data.folder, which is made here"
 
 
 class Source(Protocol):
@@ -53,6 +50,11 @@ class Source(Protocol):
     @property
     def ended_with(self) -> str | None:
         """The part of a mixture that was used up first, once all documents have been read."""
+        ...
+
+    @property
+    def tallies(self) -> Sequence[Tally]:
+        """What the last reading of this source, or of each part of a mixture, has left out so far."""
         ...
 
     def fingerprint(self) -> dict:
@@ -89,6 +91,18 @@ def open_sources(config: DataConfig) -> list[Source]:
     return [_Mixture(sources, weights)]
 
 
+def left_out_of(sources: Iterable[Source]) -> list[LeftOut]:
+    """What their last readings have left out."""
+    return [found for source in sources for tally in source.tallies for found in tally.left_out()]
+
+
+def require_few_bad(sources: Iterable[Source], max_share: float) -> None:
+    """Raise `CocomixError` where a source had more than this share of bad records among those that were read."""
+    for source in sources:
+        for tally in source.tallies:
+            tally.require_few_bad(max_share)
+
+
 def _read_entry(entry) -> dict:
     """An entry of `data.text` as a mapping."""
     if isinstance(entry, str):
@@ -121,6 +135,10 @@ class _Mixture:
         self.parts, self._weights = sources, weights
         self.name = "the mixture of " + ", ".join(source.name for source in sources)
 
+    @property
+    def tallies(self) -> list[Tally]:
+        return [tally for source in self.parts for tally in source.tallies]
+
     def fingerprint(self) -> dict:
         parts = [
             {**source.fingerprint(), "weight": weight} for source, weight in zip(self.parts, self._weights, strict=True)
@@ -145,58 +163,71 @@ class _Mixture:
 
 
 def _open_source(name: str, config: DataConfig) -> Source:
+    how = {"text_key": config.text_key, "skip_bad": config.on_bad_record == "skip"}
+    passed_by = Tally(name)
     if name == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
-        files = [path for path in _walk(root, skip=_NOT_STDLIB) if path.suffix == ".py"]
-        return _LocalFiles(f"stdlib of Python {platform.python_version()}", root, _some(name, files), config.text_key)
+        files = [path for path in _walk(root, Tally(name), skip=_NOT_STDLIB) if path.suffix == ".py"]
+        return _LocalFiles(f"stdlib of Python {platform.python_version()}", root, files, **how)
     if name.startswith("hf:"):
         dataset, split, subset = (name.removeprefix("hf:").split(":", 2) + ["", ""])[:3]
-        return _HubDataset(name, dataset, split or "train", subset or None, config.text_key)
+        return _HubDataset(name, dataset, split or "train", subset or None, **how)
     path = Path(name).expanduser()
     if path.is_file():
-        return _LocalFiles(name, path.parent, [path], config.text_key, skip_binary=False)
+        return _LocalFiles(name, path.parent, [path], **how, is_named=True)
     if path.is_dir():
-        files, root = list(_walk(path)), path
+        files, root = list(_walk(path, passed_by)), path
     elif glob.has_magic(name):
-        files, root = list(_expand(str(path))), None
+        files, root = list(_expand(str(path), passed_by)), None
     else:
         raise CocomixError(f"data.text: there is no file or folder {name}")
-    made_here = Path(config.folder).resolve()
-    files = [file for file in files if made_here not in file.resolve().parents]
-    return _LocalFiles(name, root, _some(name, files), config.text_key)
-
-
-def _some(name: str, files: list[Path]) -> list[Path]:
+    files = list(_not_made_here(files, Path(config.folder).resolve(), passed_by))
     if not files:
-        raise CocomixError(f"data.text: there are no text files in {name}")
-    return files
+        found = "".join(f"; it holds {found}" for found in passed_by.left_out())
+        raise CocomixError(f"data.text: there are no text files in {name}{found}")
+    return _LocalFiles(name, root, files, **how, passed_by=passed_by)
 
 
-def _walk(root: Path, skip: Set[str] = frozenset()) -> Iterator[Path]:
+def _not_made_here(files: list[Path], made_here: Path, passed_by: Tally) -> Iterator[Path]:
+    for file in files:
+        if made_here in file.resolve().parents:
+            passed_by.add(_MADE_HERE, file)
+        else:
+            yield file
+
+
+def _walk(root: Path, passed_by: Tally, skip: Set[str] = frozenset()) -> Iterator[Path]:
     def refuse(error: OSError):
         raise CocomixError(f"{error.filename} cannot be read: {error.strerror}") from error
 
     for folder, subfolders, names in os.walk(root, onerror=refuse):
+        for name in sorted(names + subfolders):
+            if name.startswith("."):
+                passed_by.add(_HIDDEN, Path(folder, name))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name not in skip)
         for name in sorted(names):
             path = Path(folder, name)
-            if not name.startswith(".") and path.is_file():
+            if name.startswith("."):
+                continue
+            if path.is_file():
                 yield path
+            else:
+                passed_by.add(_NO_FILE, path)
 
 
-def _expand(pattern: str) -> Iterator[Path]:
+def _expand(pattern: str, passed_by: Tally) -> Iterator[Path]:
     for match in sorted(glob.glob(pattern, recursive=True)):
         path = Path(match)
         if path.is_file():
             yield path
         elif path.is_dir() and "**" not in pattern:  # ** names the folders' contents as well
-            yield from _walk(path)
+            yield from _walk(path, passed_by)
 
 
 def _listing(root: Path | None, files: list[Path]) -> dict:
     digest, total = hashlib.sha256(), 0
     for path in files:
-        with _explain_unreadable(path):
+        with explain_unreadable(path):
             status = path.stat()
         digest.update(os.fsencode(os.path.relpath(path, root) if root else path))
         digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
@@ -204,152 +235,72 @@ def _listing(root: Path | None, files: list[Path]) -> dict:
     return {"files": len(files), "bytes": total, "sha256_of_listing": digest.hexdigest()}
 
 
-@dataclass(frozen=True)
+@dataclass
 class _LocalFiles:
     name: str
     root: Path | None  # what the fingerprint names files relative to
     files: list[Path]
     text_key: str
-    skip_binary: bool = True
+    skip_bad: bool = False
+    is_named: bool = False  # it is one file, asked for by its own name
+    passed_by: Tally = field(default_factory=lambda: Tally(""))  # what stands in the folders beside the files
     parts = ()
     ended_with = None
 
+    def __post_init__(self):
+        self.tallies = [self.passed_by]
+
     @property
     def plain_bytes(self) -> int | None:
-        if any(path.name.endswith(_JSONL + _PARQUET) for path in self.files):
+        if not all(is_plainly_text(path) for path in self.files):
             return None
         return sum(path.stat().st_size for path in self.files)
 
     def fingerprint(self) -> dict:
-        return {"source": self.name, **_listing(self.root, self.files)}
+        """Where there are files of kinds that versions before 0.2.0 left out or read otherwise, it says so: what those
+        versions made of the same files is not the same."""
+        also = {} if all(was_always_read(path) for path in self.files) else {FORMATS_READ: 2}
+        return {"source": self.name, **_listing(self.root, self.files), **also}
 
     def documents(self) -> Iterator[Iterable[str]]:
+        tally = Tally(self.name, self.skip_bad)
+        self.tallies = [self.passed_by, tally]
         for path in self.files:
-            if path.name.endswith(_JSONL):
-                yield from _read_jsonl(path, self.text_key)
-            elif path.name.endswith(_PARQUET):
-                yield from _read_parquet(path, self.text_key)
-            elif _is_text(path):
-                yield _read_text(path)
-            elif not self.skip_binary:
-                raise CocomixError(f"{path} is not UTF-8 text: convert it, or take it out of data.text")
+            yield from read_documents(path, self.text_key, tally, self.is_named)
 
 
-@contextlib.contextmanager
-def _explain_unreadable(path: Path):
-    try:
-        yield
-    except (OSError, EOFError, zlib.error) as error:
-        raise CocomixError(f"{path} cannot be read: {error}") from error
-
-
-def _is_text(path: Path) -> bool:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with _explain_unreadable(path), open(path, "rb") as file:
-        try:
-            while block := file.read(1 << 20):
-                if "\0" in decoder.decode(block):
-                    return False
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError:
-            return False
-    return True
-
-
-def _read_text(path: Path) -> Iterator[str]:
-    with _explain_unreadable(path), open(path, encoding="utf-8-sig", newline="") as file:
-        while text := file.read(_BLOCK_CHARS):
-            yield text
-
-
-def _read_jsonl(path: Path, text_key: str) -> Iterator[list[str]]:
-    from fsspec.implementations.local import LocalFileSystem
-
-    with _explain_unreadable(path), LocalFileSystem().open(str(path), "rb", compression="infer") as file:
-        for number, line in enumerate(_lines(cast(IO[bytes], file), path), start=1):
-            if line.isspace():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
-                raise CocomixError(f"{path}, line {number}: not JSON: {error}") from None
-            text = record.get(text_key) if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                found = f"its fields are {', '.join(record)}" if isinstance(record, dict) else "it is not an object"
-                raise CocomixError(
-                    f"{path}, line {number}: no text in the field {text_key!r}; {found}; set data.text_key"
-                )
-            yield [text]
-
-
-def _lines(file: IO[bytes], path: Path) -> Iterator[bytes]:
-    """Lines of bounded length: a small compressed file can hold one that no memory does."""
-    number = 0
-    while line := file.readline(_LINE_BYTES + 1):
-        number += 1
-        if len(line) > _LINE_BYTES:
-            raise CocomixError(
-                f"{path}, line {number}: longer than {_LINE_BYTES / 2**20:,.0f} MiB; a record is a line: split it"
-            )
-        yield line
-
-
-def _read_parquet(path: Path, text_key: str) -> Iterator[list[str]]:
-    with needs(str(path), "pyarrow", "cocomix[data]"):
-        import pyarrow
-        from pyarrow import parquet
-    try:
-        file = parquet.ParquetFile(path)
-        columns = file.schema_arrow
-        if text_key not in columns.names:
-            raise CocomixError(
-                f"{path}: no column {text_key!r}; its columns are {', '.join(columns.names)}; set data.text_key"
-            )
-        kind = columns.field(text_key).type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise CocomixError(f"{path}: column {text_key!r} holds {kind}, not text; set data.text_key")
-        for rows in file.iter_batches(_rows_at_once(file.metadata), columns=[text_key]):
-            for text in rows.column(0).to_pylist():
-                yield [text or ""]
-    except (pyarrow.ArrowException, OSError) as error:
-        raise CocomixError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-
-
-def _rows_at_once(metadata: Any) -> int:
-    """Rows of a Parquet file that are read together: fewer where they are large."""
-    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-    largest = max((group.total_byte_size / group.num_rows for group in groups if group.num_rows), default=1.0)
-    return max(1, min(_PARQUET_ROWS, int(_PARQUET_BYTES / max(largest, 1.0))))
-
-
-@dataclass(frozen=True)
+@dataclass
 class _HubDataset:
     name: str
     dataset: str
     split: str
     subset: str | None
     text_key: str
+    skip_bad: bool = False
     plain_bytes: int | None = None
     parts = ()
     ended_with = None
+    tallies: list[Tally] = field(default_factory=list)
 
     def fingerprint(self) -> dict:
         folder = Path(self.dataset)
-        return {"source": self.name, **(_listing(folder, list(_walk(folder))) if folder.is_dir() else {})}
+        files = list(_walk(folder, Tally(self.name))) if folder.is_dir() else []
+        return {"source": self.name, **(_listing(folder, files) if folder.is_dir() else {})}
 
     def documents(self) -> Iterator[list[str]]:
+        tally = Tally(self.name, self.skip_bad)
+        self.tallies = [tally]
         for number, row in enumerate(self._rows()):
             if self.text_key not in row:
                 raise CocomixError(
                     f"{self.name}: no column {self.text_key!r}; its columns are {', '.join(row)}; set data.text_key"
                 )
             text = row[self.text_key]
-            if not isinstance(text, str | None):
-                raise CocomixError(
-                    f"{self.name}, row {number}: column {self.text_key!r} holds {type(text).__name__}, not text; "
-                    "set data.text_key"
-                )
-            yield [text or ""]
+            place = f"{self.name}, row {number}"
+            if isinstance(text, str | None):
+                yield from tally.text(text, place)
+            else:
+                tally.bad(place, f"column {self.text_key!r} holds {type(text).__name__}, not text; set data.text_key")
 
     def _rows(self) -> Iterator[dict]:
         with needs(self.name, "Hugging Face datasets", "cocomix[data]"):

@@ -17,6 +17,7 @@ from cocomix.core.files import atomic_write, read_json
 from cocomix.core.mapped_file import MappedFile
 from cocomix.core.output import note_once
 from cocomix.core.records import FileName, Positive, as_record
+from cocomix.data.left_out import LeftOut
 from cocomix.data.tokenizer import MAX_VOCAB, load_tokenizer, token_dtype
 
 FORMAT = 1
@@ -49,7 +50,8 @@ class SplitRecord:
 
 @dataclass(frozen=True)
 class TokenMeta:
-    """meta.json of a folder of token files. `settings` and `sources` say what they were made from."""
+    """meta.json of a folder of token files. `settings` and `sources` say what they were made from, `left_out` what of
+    that is not in them, or not as it stands; None: an earlier version did not count it."""
 
     format: int
     vocab_size: Annotated[int, msgspec.Meta(gt=0, le=MAX_VOCAB)]
@@ -59,6 +61,7 @@ class TokenMeta:
     settings: dict[str, Any]
     sources: list[dict[str, Any]]
     dtype: str = "uint16"
+    left_out: list[LeftOut] | None = None
 
 
 def describe_split(folder: Path, name: str, counts: dict[str, int], dtype: np.dtype) -> SplitRecord:

@@ -15,7 +15,8 @@ import torch
 from cocomix.core.config import DataConfig
 from cocomix.core.errors import CocomixError
 from cocomix.data.documents import pieces
-from cocomix.data.sources import open_sources
+from cocomix.data.left_out import say
+from cocomix.data.sources import Source, left_out_of, open_sources
 from cocomix.data.token_files import TokenFiles
 from cocomix.data.tokenizing import tokenize
 
@@ -143,7 +144,7 @@ class Corpus:
     def __init__(self, path, tokenizer, seq_len: int, max_tokens: int, batch: int = 8):
         self.name, self._tokenizer, self._seq_len = str(path), tokenizer, seq_len
         self._max_tokens, self._batch = max_tokens, batch
-        self._split = None
+        self._split, self._sources = None, list[Source]()
         if (Path(path) / "meta.json").is_file():
             files = TokenFiles.open(path)
             if files.tokenizer().get_vocab() != tokenizer.get_vocab():
@@ -185,6 +186,7 @@ class Corpus:
                 break
         if len(rest):
             yield rest
+        say(left_out_of(self._sources))
 
     def _few_at_a_time(self):
         return itertools.islice(pieces(self._sources), self._max_tokens)  # a piece has at least one token

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from cocomix.core.config import DataConfig
 from cocomix.core.errors import CocomixError
 from cocomix.data.documents import Piece, pieces, require_text
-from cocomix.data.sources import Source, open_sources
+from cocomix.data.left_out import HOW_TO_SKIP, say
+from cocomix.data.sources import Source, left_out_of, open_sources
 from cocomix.data.tokenizer import encode_document
 from cocomix.distributed.export import description_folder, find_model, read_model
 from cocomix.distributed.ranks import own_device
@@ -37,7 +38,7 @@ _BATCHES_SORTED = 16  # windows of so many batches are sorted by length, so that
 
 @dataclass(frozen=True)
 class RollingOptions:
-    """Texts (files, folders or whatever `data.text` takes), the field or column of JSONL and Parquet files that holds
+    """Texts (files, folders or whatever `data.text` takes), the field or column of records and tables that holds
     the text, tokens that the model reads at a time (None: all its context), predictions that count in each window
     after a document's first (None: all of them), and windows in a forward pass."""
 
@@ -104,6 +105,8 @@ def evaluate_texts(checkpoints: list[str], options: RollingOptions) -> list[Roll
         seq_len, stride = _window_sizes(usable.context, options)
         with _named_as_options():
             score = rolling_score(usable, sources, seq_len, stride, options.batch)
+        if not scores:
+            say(left_out_of(sources))
         print(_line(checkpoint, score, seq_len, stride), flush=True)
         scores.append(score)
     return scores
@@ -233,7 +236,7 @@ def _named_as_options():
         yield
     except CocomixError as error:
         message = str(error).replace("set data.text_key", "name it with --text-key")
-        message = message.replace("or take it out of data.text", "or leave it out")
+        message = message.replace(HOW_TO_SKIP, "").replace("or take it out of data.text", "or leave it out")
         raise CocomixError(re.sub("^data.text: ", "--text: ", message)) from error
 
 

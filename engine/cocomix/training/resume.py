@@ -19,6 +19,8 @@ LEAVES_TRAJECTORY = (
     "data.folder",
     "data.text",
     "data.text_key",
+    "data.on_bad_record",
+    "data.max_bad_share",
     "data.tokenizer",
     "data.vocab_size",
     "data.max_tokens",

@@ -1,13 +1,18 @@
 """A library that an installation lacks is named in one line, with what installs it."""
 
+import io
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from cocomix.core.errors import CocomixError
 from cocomix.core.extras import needs
-from cocomix.data.sources import _HubDataset, _read_parquet
+from cocomix.data.left_out import Tally
+from cocomix.data.opening import _unpacking
+from cocomix.data.sources import _HubDataset
+from cocomix.data.tables import read_arrow, read_parquet
 from cocomix.distributed.ranks import import_deepspeed
 from cocomix.inference.tasks import _Harness
 from cocomix.report.figures import FigureEntry, draw
@@ -22,7 +27,9 @@ from cocomix.training.metrics import _open_tensorboard, _open_wandb
         ("wandb", "wandb", lambda: _open_wandb("folder", "project", {})),
         ("deepspeed", "train", import_deepspeed),
         ("lm_eval", "eval", lambda: _Harness(SimpleNamespace())),
-        ("pyarrow", "data", lambda: next(_read_parquet("a.parquet", "text"))),
+        ("pyarrow", "data", lambda: next(read_parquet(Path("a.parquet"), "text", Tally("a")))),
+        ("pyarrow", "data", lambda: next(read_arrow(Path("a.arrow"), "text", Tally("a")))),
+        ("pyarrow", "data", lambda: _unpacking(Path("a.txt.zst"), io.BytesIO(), "zstd")),
         ("datasets", "data", lambda: next(_HubDataset("hf:a", "a", "train", None, "text").documents())),
     ],
 )

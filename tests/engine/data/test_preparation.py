@@ -1,6 +1,7 @@
 """`cocomix data`: what is in the token files, when they are made anew, and what a failure leaves behind."""
 
 import builtins
+import dataclasses
 import errno
 import hashlib
 import json
@@ -19,7 +20,9 @@ from cocomix.core.config import DataConfig
 from cocomix.core.errors import CocomixError
 from cocomix.data import documents
 from cocomix.data.documents import Piece
+from cocomix.data.left_out import LeftOut
 from cocomix.data.preparation import Splitter, prepare
+from cocomix.data.sources import open_sources
 from cocomix.data.token_files import TokenFiles
 from cocomix.data.tokenizer import END_OF_TEXT, train_tokenizer
 
@@ -195,6 +198,84 @@ def test_a_bad_record_in_the_middle_leaves_nothing_behind(config, tmp_path):
     with pytest.raises(CocomixError, match=r"30\.jsonl, line 2"):
         prepare(config)
     assert os.listdir(config.folder) == []
+
+
+# --- what is left out
+
+
+@pytest.fixture
+def one_bad(config, tmp_path):
+    """79 good records and a damaged one, beside an image; and settings that skip."""
+    lines = [json.dumps({"text": story(number)}) for number in range(79)]
+    (tmp_path / "corpus" / "a.jsonl").write_text("\n".join([*lines[:7], '{"text": "cut', *lines[7:]]), encoding="utf-8")
+    (tmp_path / "corpus" / "b.png").write_bytes(b"\x89PNG")
+    return dataclasses.replace(config, on_bad_record="skip")
+
+
+def test_what_is_left_out_is_printed_and_kept(one_bad, capsys):
+    files = prepare(one_bad)
+    corpus = one_bad.text[0]
+    expected = [
+        LeftOut(corpus, "bad record", 1, [f"{corpus}/a.jsonl, line 8"]),
+        LeftOut(corpus, "image", 1, [f"{corpus}/b.png"]),
+    ]
+    assert files.meta.left_out == expected == TokenFiles.open(files.folder).meta.left_out
+    said = "".join(f"left out of {corpus}: {found}\n" for found in expected)
+    assert capsys.readouterr().out == said
+    assert sum(split.documents for split in files.meta.splits.values()) == 60 + 79
+    prepare(one_bad)
+    assert capsys.readouterr().out.startswith(f"{said}{files.folder} is up to date")
+
+
+def test_bad_records_stop_by_default_and_where_there_are_too_many(one_bad, tmp_path):
+    with pytest.raises(CocomixError, match=r"a.jsonl, line 8: not JSON: .*; data.on_bad_record=skip leaves"):
+        prepare(dataclasses.replace(one_bad, on_bad_record="stop"))
+    with pytest.raises(CocomixError, match=r"1 of 80 records are bad.* raise data.max_bad_share, which is 0.01"):
+        prepare(dataclasses.replace(one_bad, max_bad_share=0.01))
+    given = tmp_path / "given"
+    train_tokenizer([story(1)], 300).save_pretrained(given)
+    with pytest.raises(CocomixError, match="1 of 80 records are bad"):
+        prepare(dataclasses.replace(one_bad, max_bad_share=0.01, tokenizer=str(given)))
+    assert os.listdir(one_bad.folder) == []
+
+
+def test_a_folder_made_without_bad_records_is_not_what_stopping_would_have_made(one_bad):
+    prepare(one_bad)
+    with pytest.raises(CocomixError, match=r"was made without 1 x bad record .* set data.on_bad_record=skip"):
+        prepare(dataclasses.replace(one_bad, on_bad_record="stop"))
+
+
+def test_a_folder_made_of_good_records_is_up_to_date_whatever_becomes_of_bad_ones(config, capsys):
+    prepare(config)
+    prepare(dataclasses.replace(config, on_bad_record="skip", max_bad_share=0.5))
+    assert "up to date" in capsys.readouterr().out
+
+
+def test_a_folder_of_an_earlier_version_is_up_to_date_unless_more_is_read_now(config, tmp_path, capsys):
+    folder = prepare(config).folder
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta.pop("left_out") == [] and meta.pop("cocomix_checksum")
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert prepare(config).meta.left_out is None
+    said = capsys.readouterr()
+    assert "up to date" in said.out and "earlier version, which did not say what it left out" in said.err
+    (tmp_path / "corpus" / "more.jsonl.zst").write_bytes(b"")
+    source = open_sources(config)[0].fingerprint()
+    meta["sources"] = [{name: source[name] for name in source if name != "formats"}]  # as that version saw it
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(CocomixError, match="more kinds of files are read now"):
+        prepare(config)
+
+
+def test_a_mixture_counts_what_its_parts_leave_out(config, tmp_path, capsys):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(story(1), encoding="utf-8")
+        (tmp_path / name / "b.pdf").write_bytes(b"%PDF-1.7")
+    config.text = [{"path": str(tmp_path / name), "weight": 1} for name in ("one", "two")]
+    found = prepare(config).meta.left_out or []
+    assert [(part.source, part.reason, part.count) for part in found][:1] == [(str(tmp_path / "one"), "PDF", 1)]
+    assert f"left out of {tmp_path / 'one'}: 1 x PDF" in capsys.readouterr().out
 
 
 def test_a_file_in_the_place_of_the_folder_is_named(config, tmp_path):

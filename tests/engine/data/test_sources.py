@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from cocomix.core.config import DataConfig
 from cocomix.core.errors import CocomixError
-from cocomix.data import sources
+from cocomix.data import json_records, tables
 from cocomix.data.documents import pieces, require_text
 from cocomix.data.sources import open_sources
 
@@ -142,7 +142,7 @@ def write_parquet(path, **columns):
 
 
 def test_every_row_of_a_parquet_file_is_a_document(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_PARQUET_ROWS", 2)
+    monkeypatch.setattr(tables, "_PARQUET_ROWS", 2)
     write_parquet(tmp_path / "rows.parquet", body=[PROSE, "", None, "x", "y"], id=list(range(5)))
     (tmp_path / "z.txt").write_text("plain", encoding="utf-8")
     assert documents_of(tmp_path / "rows.parquet", text_key="body") == [PROSE, "x", "y"]
@@ -283,7 +283,7 @@ def test_the_fingerprint_follows_content_names_and_times_but_not_the_working_fol
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 def test_a_line_that_no_memory_holds_is_named_and_not_read(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(sources, "_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(json_records, "_RECORD_BYTES", 1 << 20)
     opened = gzip.open if name.endswith(".gz") else open
     with opened(tmp_path / name, "wb") as file:
         file.write(json.dumps({"text": "first"}).encode() + b"\n" + b"[" * (1 << 24))
@@ -299,11 +299,11 @@ def test_a_line_that_no_memory_holds_is_named_and_not_read(tmp_path, monkeypatch
 def test_large_rows_of_a_parquet_file_are_read_a_few_at_a_time(tmp_path, monkeypatch):
     rows = ["x" * (1 << 20) + str(number) for number in range(8)]
     parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "a.parquet", use_dictionary=False)
-    monkeypatch.setattr(sources, "_PARQUET_BYTES", 3 << 20)
+    monkeypatch.setattr(tables, "_PARQUET_BYTES", 3 << 20)
     metadata = parquet.ParquetFile(tmp_path / "a.parquet").metadata
-    assert sources._rows_at_once(metadata) in (2, 3)
+    assert tables._rows_at_once(metadata) in (2, 3)
     assert documents_of(tmp_path / "a.parquet") == rows
     parquet.write_table(pyarrow.table({"text": ["small"] * 9}), tmp_path / "b.parquet")
-    assert sources._rows_at_once(parquet.ParquetFile(tmp_path / "b.parquet").metadata) == sources._PARQUET_ROWS
+    assert tables._rows_at_once(parquet.ParquetFile(tmp_path / "b.parquet").metadata) == tables._PARQUET_ROWS
     parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "c.parquet")
     assert documents_of(tmp_path / "c.parquet") == []

@@ -1,6 +1,7 @@
 """The survey of a corpus: how often concepts fire, and where most."""
 
 import copy
+import gzip
 import shutil
 
 import numpy as np
@@ -103,6 +104,15 @@ def test_a_corpus_may_be_a_text_or_a_folder_and_ends_after_so_many_tokens(world,
         survey(usable.model, Corpus(tmp_path / "empty.txt", usable.tokenizer, SEQ_LEN, 10), [1])
     with pytest.raises(CocomixError, match="nowhere"):
         Corpus(tmp_path / "nowhere", usable.tokenizer, SEQ_LEN, 10)
+
+
+def test_a_corpus_of_any_kind_is_read_and_what_is_left_out_of_it_is_said(usable, tmp_path, capsys):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(TEXT.encode("utf-16")))
+    (tmp_path / "b.png").write_bytes(b"\x89PNG")
+    corpus = Corpus(tmp_path, usable.tokenizer, SEQ_LEN, max_tokens=1000)
+    ids = np.concatenate([row for rows in corpus.batches() for row in rows])
+    assert ids.tolist() == [*usable.tokenizer(TEXT)["input_ids"], usable.tokenizer.eos_token_id]
+    assert capsys.readouterr().out == f"left out of {tmp_path}: 1 x image ({tmp_path}/b.png)\n"
 
 
 def test_token_files_of_another_tokenizer_are_refused(world, usable, tmp_path):

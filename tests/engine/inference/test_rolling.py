@@ -315,6 +315,26 @@ def test_a_line_for_each_checkpoint(world, capsys):
     assert capsys.readouterr().out.endswith("bytes, 1 document; windows of 16 tokens)\n")
 
 
+def test_texts_of_every_kind_are_scored_alike_and_what_is_left_out_is_said_once(world, tmp_path, capsys):
+    (tmp_path / "corpus").mkdir()
+    records = [{"text": page} for page in PAGES]
+    (tmp_path / "corpus" / "pages.json.gz").write_bytes(gzip.compress(json.dumps(records).encode("utf-16")))
+    (tmp_path / "corpus" / "photo.png").write_bytes(b"\x89PNG")
+    names = [str(world.folder / "none"), str(world.folder / "run")]
+    assert main(["eval", *names, "--text", str(tmp_path / "corpus")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert main(["eval", *names, "--text", str(world.folder / "pages.jsonl")]) == 0
+    left_out = [line for line in said if line.startswith("left out of")]
+    assert f"left out of {tmp_path}/corpus: 1 x image ({tmp_path}/corpus/photo.png)" in left_out
+    assert [line for line in said if line not in left_out] == [
+        line for line in capsys.readouterr().out.splitlines() if not line.startswith("left out of")
+    ]
+    (tmp_path / "bad.jsonl").write_text("{")
+    assert main(["eval", names[0], "--text", str(tmp_path / "bad.jsonl")]) != 0
+    shown = capsys.readouterr().err
+    assert "bad.jsonl" in shown and "on_bad_record" not in shown
+
+
 def test_help_tells_the_three_evaluations_apart(capsys):
     with pytest.raises(SystemExit):
         main(["eval", "--help"])
