@@ -44,6 +44,8 @@ class DataConfig:
     # files, folders, "stdlib", "hf:NAME[:SPLIT[:SUBSET]]", or mappings {path: ..., weight: ..., text_key: ...}
     text: list[Any] = field(default_factory=list)
     text_key: str = "text"  # the field of JSON records, or the column of tables, that holds the text
+    # what stands between documents in one file of plain text, for example "<|endoftext|>"; null: nothing does
+    document_separator: str | None = checked(None, lambda text: text != "", "must not be empty: null for none")
     # a record that cannot be read: stop | skip, which leaves it out, counts it and says so
     on_bad_record: str = one_of("stop", ON_BAD_RECORD)
     # skip: where more than this share of a source's records are bad, stop all the same

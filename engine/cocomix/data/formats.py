@@ -9,6 +9,7 @@ from cocomix.core.errors import CocomixError
 from cocomix.data.json_records import BLANKS, LINES, VALUES, Layout, find_layout, read_json_lines, read_json_values
 from cocomix.data.left_out import EMPTY, Tally
 from cocomix.data.opening import PACKED_NAMES, open_unpacked
+from cocomix.data.separators import split_documents
 from cocomix.data.tables import read_arrow, read_parquet
 from cocomix.data.text_files import encoding_of, look_through, read_text
 
@@ -114,9 +115,12 @@ def _is_note_of_dataset(path: Path) -> bool:
     return path.name in _DATASET_NOTES and any(path.parent.glob("**/*.arrow"))
 
 
-def read_documents(path: Path, text_key: str, tally: Tally, is_named: bool) -> Iterator[Iterable[str]]:
-    """Every document of a file. One that is not read is counted, or raises `CocomixError` if `is_named`, that is, if
-    it was asked for by its own name; so do bad records that are not to be skipped."""
+def read_documents(
+    path: Path, text_key: str, tally: Tally, is_named: bool, separator: str | None = None
+) -> Iterator[Iterable[str]]:
+    """Every document of a file; in plain text a `separator` ends them. A file that is not read is counted, or raises
+    `CocomixError` if `is_named`, that is, if it was asked for by its own name; so do bad records that are not to be
+    skipped."""
     kind = kind_of(path, text_key)
     if kind.name == PARQUET:
         yield from read_parquet(path, text_key, tally)
@@ -129,7 +133,7 @@ def read_documents(path: Path, text_key: str, tally: Tally, is_named: bool) -> I
     else:
         reason = _text_problem(path, kind, tally) if kind.is_read else kind.name
         if reason is None:
-            yield _text_of(path, kind.encoding, tally)
+            yield from _texts_of(path, kind.encoding, tally, separator)
         elif not is_named:
             tally.add(reason, path)
         else:
@@ -154,10 +158,19 @@ def _text_problem(path: Path, kind: Kind, tally: Tally) -> str | None:
     return None
 
 
-def _text_of(path: Path, encoding: str, tally: Tally) -> Iterator[str]:
+def _texts_of(path: Path, encoding: str, tally: Tally, separator: str | None) -> Iterator[Iterator[str]]:
+    text = read_text(path, encoding)
+    if separator is None:
+        yield _counted(text, path, tally)
+        return
+    for number, document in enumerate(split_documents(text, separator), start=1):
+        yield _counted(document, f"{path}, document {number}", tally)
+
+
+def _counted(texts: Iterator[str], name: object, tally: Tally) -> Iterator[str]:
     is_empty = True
-    for text in read_text(path, encoding):
+    for text in texts:
         is_empty = is_empty and not text.strip()
         yield text
     if is_empty:
-        tally.add(EMPTY, path)
+        tally.add(EMPTY, name)

@@ -116,7 +116,7 @@ def _sizes(files: "TokenFiles") -> str:
 
 
 def _settings(config: DataConfig) -> dict:
-    names = ("text", "text_key", "tokenizer", "max_tokens", "val_fraction")
+    names = ("text", "text_key", "document_separator", "tokenizer", "max_tokens", "val_fraction")
     settings = {name: getattr(config, name) for name in names}
     settings["text"] = list(config.text)
     if config.tokenizer is None:

@@ -165,16 +165,17 @@ class _Mixture:
 def _open_source(name: str, config: DataConfig) -> Source:
     how = {"text_key": config.text_key, "skip_bad": config.on_bad_record == "skip"}
     passed_by = Tally(name)
+    how_files = {**how, "separator": config.document_separator}
     if name == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         files = [path for path in _walk(root, Tally(name), skip=_NOT_STDLIB) if path.suffix == ".py"]
-        return _LocalFiles(f"stdlib of Python {platform.python_version()}", root, files, **how)
+        return _LocalFiles(f"stdlib of Python {platform.python_version()}", root, files, **how_files)
     if name.startswith("hf:"):
         dataset, split, subset = (name.removeprefix("hf:").split(":", 2) + ["", ""])[:3]
         return _HubDataset(name, dataset, split or "train", subset or None, **how)
     path = Path(name).expanduser()
     if path.is_file():
-        return _LocalFiles(name, path.parent, [path], **how, is_named=True)
+        return _LocalFiles(name, path.parent, [path], **how_files, is_named=True)
     if path.is_dir():
         files, root = list(_walk(path, passed_by)), path
     elif glob.has_magic(name):
@@ -185,7 +186,7 @@ def _open_source(name: str, config: DataConfig) -> Source:
     if not files:
         found = "".join(f"; it holds {found}" for found in passed_by.left_out())
         raise CocomixError(f"data.text: there are no text files in {name}{found}")
-    return _LocalFiles(name, root, files, **how, passed_by=passed_by)
+    return _LocalFiles(name, root, files, **how_files, passed_by=passed_by)
 
 
 def _not_made_here(files: list[Path], made_here: Path, passed_by: Tally) -> Iterator[Path]:
@@ -242,6 +243,7 @@ class _LocalFiles:
     files: list[Path]
     text_key: str
     skip_bad: bool = False
+    separator: str | None = None  # of documents in plain text
     is_named: bool = False  # it is one file, asked for by its own name
     passed_by: Tally = field(default_factory=lambda: Tally(""))  # what stands in the folders beside the files
     parts = ()
@@ -266,7 +268,7 @@ class _LocalFiles:
         tally = Tally(self.name, self.skip_bad)
         self.tallies = [self.passed_by, tally]
         for path in self.files:
-            yield from read_documents(path, self.text_key, tally, self.is_named)
+            yield from read_documents(path, self.text_key, tally, self.is_named, self.separator)
 
 
 @dataclass

@@ -19,6 +19,7 @@ LEAVES_TRAJECTORY = (
     "data.folder",
     "data.text",
     "data.text_key",
+    "data.document_separator",
     "data.on_bad_record",
     "data.max_bad_share",
     "data.tokenizer",

@@ -394,3 +394,25 @@ def test_no_damaged_file_is_called_up_to_date(config, name, capsys):
     with pytest.raises(CocomixError, match=str(folder)):
         prepare(config)
     assert "up to date" not in capsys.readouterr().out
+
+
+def test_a_separator_splits_files_of_text_and_nothing_else(config, tmp_path, capsys):
+    corpus = tmp_path / "collection"
+    corpus.mkdir()
+    stories = [story(number) for number in range(12)]
+    (corpus / "a.txt").write_text("\n<|endoftext|>\n".join([*stories[:10], "", stories[10]]) + "\n<|endoftext|>\n")
+    write_jsonl(corpus / "b.jsonl", [{"text": f"{stories[11]}<|endoftext|>{PROSE}"}])
+    config.text, config.document_separator = [str(corpus)], "<|endoftext|>"
+    files = prepare(config)
+    tokenizer = files.tokenizer()
+    found = []
+    for name in ("train", "val"):
+        for token in split_tokens(files, name):
+            found = [*found, []] if not found or found[-1][-1:] == [files.eot_id] else found
+            found[-1].append(token)
+    texts = [tokenizer.decode(ids[:-1]) for ids in found]
+    assert sorted(texts) == sorted([*stories[:11], f"{stories[11]}<|endoftext|>{PROSE}"])
+    assert "1 x empty" in capsys.readouterr().out
+    config.document_separator = None
+    with pytest.raises(CocomixError, match="data.document_separator was '<|endoftext|>' and is None"):
+        prepare(config)
