@@ -22,7 +22,7 @@ from cocomix.data.left_out import LeftOut, Tally
 from cocomix.data.opening import explain_unreadable
 
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-_ENTRY_KEYS = ("path", "weight", "text_key")
+_ENTRY_KEYS = ("path", "weight", "text_key", "max_epochs")
 FORMATS_READ = "formats"  # in a fingerprint: which kinds of files were read, where that is not those of version 0.1
 _HIDDEN = "hidden"
 _NO_FILE = "neither a file nor a folder"
@@ -69,9 +69,10 @@ class Source(Protocol):
 def open_sources(config: DataConfig) -> list[Source]:
     """Resolve every entry of `config.text` without reading any text.
 
-    An entry is a name, or a mapping with `path` (the name), `weight` and `text_key` (in place of `config.text_key`).
-    With weights, all entries become one source, a mixture. Raises `CocomixError` when there is no entry, for a path
-    that does not exist, a folder without files, and an entry that means nothing.
+    An entry is a name, or a mapping with `path` (the name), `weight`, `text_key` (in place of `config.text_key`) and
+    `max_epochs` (how often a mixture reads it). With weights, all entries become one source, a mixture. Raises
+    `CocomixError` when there is no entry, for a path that does not exist, a folder without files, and an entry that
+    means nothing.
     """
     if not config.text:
         raise CocomixError('data.text names no text: list files, folders, "stdlib" or "hf:NAME" there')
@@ -82,13 +83,15 @@ def open_sources(config: DataConfig) -> list[Source]:
     ]
     weights: list[Any] = [entry.get("weight") for entry in entries]
     if all(weight is None for weight in weights):
+        if repeated := [entry["path"] for entry in entries if "max_epochs" in entry]:
+            raise CocomixError(f"data.text: {repeated[0]} has max_epochs but no weight: it is for mixtures")
         return sources
     if None in weights:
         raise CocomixError(
             f"data.text: {entries[weights.index(None)]['path']} has no weight but others have: give "
             "every entry a weight, or none"
         )
-    return [_Mixture(sources, weights)]
+    return [_Mixture(sources, weights, [entry.get("max_epochs", 1) for entry in entries])]
 
 
 def left_out_of(sources: Iterable[Source]) -> list[LeftOut]:
@@ -117,36 +120,44 @@ def _read_entry(entry) -> dict:
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
     if weight is not None and not (is_number and math.isfinite(weight) and weight > 0):
         raise CocomixError(f"data.text: the weight of {entry['path']} is {weight!r}: expected a positive number")
+    epochs = entry.get("max_epochs", 1)
+    if type(epochs) is not int or epochs < 1:
+        raise CocomixError(f"data.text: max_epochs of {entry['path']} is {epochs!r}: expected a whole number from 1 on")
     return entry
 
 
 class _Mixture:
     """Documents of several sources in turn, so that each makes up its share of the text, in characters, all along.
 
-    The next document always comes from the source that is furthest behind its share. The mixture ends with the first
-    source that has no more: what is left of the others stays out, and nothing comes twice. A pure function of the texts
-    and weights.
+    The next document always comes from the source that is furthest behind its share. A source that has no more is read
+    again, so often as `max_epochs` allows, which is once where it says nothing else. The mixture ends with the first
+    one that may not be: what is left of the others stays out. A pure function of the texts, weights and epochs.
     """
 
     plain_bytes = None
     ended_with: str | None = None
 
-    def __init__(self, sources: list[Source], weights: list[float]):
-        self.parts, self._weights = sources, weights
+    def __init__(self, sources: list[Source], weights: list[float], max_epochs: list[int]):
+        self.parts, self._weights, self._max_epochs = sources, weights, max_epochs
+        self._of_first_epochs: dict[int, Sequence[Tally]] = {}  # of sources that are being read again
         self.name = "the mixture of " + ", ".join(source.name for source in sources)
 
     @property
     def tallies(self) -> list[Tally]:
-        return [tally for source in self.parts for tally in source.tallies]
+        found = [self._of_first_epochs.get(number, source.tallies) for number, source in enumerate(self.parts)]
+        return [tally for tallies in found for tally in tallies]
 
     def fingerprint(self) -> dict:
         parts = [
-            {**source.fingerprint(), "weight": weight} for source, weight in zip(self.parts, self._weights, strict=True)
+            {**source.fingerprint(), "weight": weight, **({} if epochs == 1 else {"max_epochs": epochs})}
+            for source, weight, epochs in zip(self.parts, self._weights, self._max_epochs, strict=True)
         ]
         return {"source": self.name, "parts": parts}
 
     def documents(self) -> Iterator[Iterable[str]]:
         streams, read = [source.documents() for source in self.parts], [0] * len(self.parts)
+        epochs, begun_at = [1] * len(self.parts), [0] * len(self.parts)
+        self._of_first_epochs = {}
 
         def counted(strings, number):
             for string in strings:
@@ -156,10 +167,16 @@ class _Mixture:
         while True:
             number = min(range(len(read)), key=lambda i: (read[i] / self._weights[i], i))
             document = next(streams[number], None)
-            if document is None:
-                self.ended_with = self.parts[number].name
+            if document is not None:
+                yield counted(document, number)
+                continue
+            source = self.parts[number]
+            if epochs[number] == self._max_epochs[number] or read[number] == begun_at[number]:
+                self.ended_with = source.name if epochs[number] == 1 else f"{epochs[number]} readings of {source.name}"
                 return
-            yield counted(document, number)
+            self._of_first_epochs.setdefault(number, source.tallies)
+            epochs[number], begun_at[number] = epochs[number] + 1, read[number]
+            streams[number] = source.documents()
 
 
 def _open_source(name: str, config: DataConfig) -> Source:

@@ -14,7 +14,7 @@ from cocomix.core.config import DataConfig
 from cocomix.core.errors import CocomixError
 from cocomix.data import json_records, tables
 from cocomix.data.documents import pieces, require_text
-from cocomix.data.sources import open_sources
+from cocomix.data.sources import left_out_of, open_sources
 
 
 @pytest.fixture
@@ -307,3 +307,40 @@ def test_large_rows_of_a_parquet_file_are_read_a_few_at_a_time(tmp_path, monkeyp
     assert tables._rows_at_once(parquet.ParquetFile(tmp_path / "b.parquet").metadata) == tables._PARQUET_ROWS
     parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "c.parquet")
     assert documents_of(tmp_path / "c.parquet") == []
+
+
+@pytest.mark.parametrize("max_epochs", [1, 2, 5])
+def test_a_part_of_a_mixture_is_read_again_as_often_as_it_may(three_kinds, max_epochs):
+    entries = [{**entry, "max_epochs": max_epochs} for entry in mixture(three_kinds, {"a": 1})]
+    entries += mixture(three_kinds, {"b": 1})  # five times as long
+    (source,) = open_sources(DataConfig(text=entries))
+    texts = [piece.text for piece in pieces([source])]
+    own, other = documents_of(three_kinds["a"]), documents_of(three_kinds["b"], text_key="body")
+    mine, others = ([text for text in texts if text[0] == kind] for kind in "ab")
+    assert mine == (own * max_epochs)[: len(mine)] and others == other[: len(others)]
+    if max_epochs < 5:
+        assert mine == own * max_epochs
+        assert source.ended_with == (three_kinds["a"] if max_epochs == 1 else f"2 readings of {three_kinds['a']}")
+    else:
+        assert others == other and source.ended_with == three_kinds["b"]
+    assert [piece.text for piece in pieces([source])] == texts
+
+
+def test_what_a_part_leaves_out_is_counted_once_however_often_it_is_read(three_kinds, tmp_path):
+    write_jsonl(tmp_path / "gaps.jsonl", [{"text": "a" * 9}, {"text": None}] * 5)
+    entries = [{"path": str(tmp_path / "gaps.jsonl"), "weight": 1, "max_epochs": 3}, *mixture(three_kinds, {"b": 1})]
+    (source,) = open_sources(DataConfig(text=entries))
+    assert len([piece for piece in pieces([source]) if piece.text[0] == "a"]) == 15
+    assert [(found.reason, found.count) for found in left_out_of([source])] == [("empty", 5)]
+
+
+@pytest.mark.parametrize("max_epochs", [0, -1, 1.5, "2", True, None])
+def test_impossible_epochs_are_refused(three_kinds, max_epochs):
+    entries = [{**entry, "max_epochs": max_epochs} for entry in mixture(three_kinds, {"a": 1})]
+    with pytest.raises(CocomixError, match=f"max_epochs of {three_kinds['a']} is .*: expected a whole number"):
+        open_sources(DataConfig(text=entries))
+
+
+def test_epochs_without_a_mixture_are_refused(three_kinds):
+    with pytest.raises(CocomixError, match="has max_epochs but no weight"):
+        open_sources(DataConfig(text=[{"path": three_kinds["a"], "max_epochs": 2}]))
