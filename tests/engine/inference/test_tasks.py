@@ -236,6 +236,9 @@ def test_other_settings_task_files_or_weights_are_computed_anew(world, options, 
     with torch.no_grad():
         next(model.parameters()).add_(0.1)
     model.save_pretrained(tmp_path / "model")
+    with pytest.raises(CocomixError, match="where it was changed on purpose, delete .*cocomix_checksums.json"):
+        count(one)
+    (tmp_path / "model/cocomix_checksums.json").unlink()
     assert count(one) == 1
 
 
