@@ -23,6 +23,8 @@ MEASURED_KEYS = ("elapsed_s", "step_time_s", "tokens_per_s", "step_time_p10_s", 
 CHECKSUM_KEYS = ("crc32", "sha256", "checksum")  # of a line, its times among it
 FOREIGN = "another program's model, without a checksum"
 MEASURED = "another program's figures, without a checksum"
+MODEL_FILES = ("exported/*config.json", "exported/tokenizer.json", "exported/*checksums.json", "exported/*.safetensors")
+NAMES = ("run/model/concept_names.json",)
 BY_HAND = "written by hand: another value is another valid input"
 
 Result = Callable[[Path, str], Any]  # of the world's folder and what the command printed
@@ -148,9 +150,9 @@ KINDS = (
     Kind("cache meta.json", ("labels/meta.json", "soft-targets/meta.json"), TRAIN, TRAINED),
     Kind("cache meta.json", ("labels/meta.json", "soft-targets/meta.json"), ("labels", "config.yaml"), CACHES),
     Kind("run model.safetensors", ("run/model/model.safetensors",), ("eval", "run"), printed),
-    Kind("model folder", ("exported/*",), ("export", "exported", "out"), OUT),
-    Kind("model folder", ("exported/*",), ("generate", "exported", *GENERATE), printed),
-    Kind("model folder", ("exported/*",), EVAL_FOLDER, printed),
+    Kind("model folder", MODEL_FILES, ("export", "exported", "out"), OUT),
+    Kind("model folder", MODEL_FILES, ("generate", "exported", *GENERATE), printed),
+    Kind("model folder", MODEL_FILES, EVAL_FOLDER, printed),
     Kind("own SAE folder", ("sae/*",), ("labels", "config.yaml", *ALONE), NEW_LABELS),
     Kind("own SAE folder", ("sae/*",), ("sae", "config.yaml"), printed_and_files_of("sae/*")),
     Kind("OpenAI SAE .pt", ("openai.pt",), ("labels", "config.yaml", "teacher.sae=openai.pt", *ALONE), NEW_LABELS),
@@ -177,15 +179,9 @@ KINDS = (
     Kind("profile JSON", ("profile.json",), ("report", "--profile", "profile.json"), PAGE),
     Kind("benchmark JSON", ("bench.json",), ("report", "--bench", "bench.json"), PAGE, untold=MEASURED),
     Kind("evaluation results", ("run/evaluations/*",), TASKS, printed, reads="eval --tasks"),
-    Kind(
-        "concept names", ("run/model/concept_names.json",), (*CONCEPTS, "--concept", "quotes"), printed, untold=BY_HAND
-    ),
-    Kind(
-        "concept names",
-        ("run/model/concept_names.json",),
-        ("generate", "run", *GENERATE, "--steer", "quotes=3.0"),
-        printed,
-    ),
+    Kind("concept names", NAMES, (*CONCEPTS, "--concept", "quotes"), printed, untold=BY_HAND),
+    Kind("concept names", NAMES, ("generate", "run", *GENERATE, "--steer", "quotes=3.0"), printed, untold=BY_HAND),
+    Kind("concept names", ("exported/concept_names.json",), ("export", "exported", "out"), OUT, untold=BY_HAND),
     Kind("cluster YAML", ("cluster.yaml",), PLAN, printed, untold=BY_HAND),
     Kind("config YAML", ("config.yaml",), PLAN, printed, untold=BY_HAND),
 )

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from cocomix.core.files import CHECKSUM
+
 ATTEMPTS = 100  # of a draw that happens to change nothing
 ZIP_ENDS = 1024  # bytes at both ends of a zip file, for its own entries
 MARK = "DAMAGED-HERE"  # stands in the text for what its writer cannot write
@@ -139,6 +141,8 @@ def delete_value(content: bytes, suffix: str, draw: random.Random) -> Damage:
     """A key with its value, or an element of a list."""
     text, document, line = _document(content, suffix, draw)
     parent, key, words = _slot(document, draw)
+    if key == CHECKSUM:  # which people delete on purpose: all else is what it was
+        return repeat_key(content, suffix, draw)
     del parent[key]
     return _put_back(text, line, _written(document, suffix, {})), f"{_on(line)}{words} deleted"
 

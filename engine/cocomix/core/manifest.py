@@ -10,7 +10,8 @@ from cocomix.core.files import AnyPath, read_json, write_own_json
 from cocomix.core.records import as_record
 
 FILE = "cocomix_checksums.json"
-_CHANGING = (FILE, "concept_names.json")  # what people may add to or change
+NAMES = "concept_names.json"  # of concepts, which people give and change
+_CHANGING = (FILE, NAMES)
 _WEIGHTS = ".safetensors"
 
 

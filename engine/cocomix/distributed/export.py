@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import atomic_folder, read_json, require_space, sweep_leftovers
 from cocomix.core.manifest import FILE as MANIFEST
-from cocomix.core.manifest import require_sound, write_manifest
+from cocomix.core.manifest import NAMES, require_sound, write_manifest
 from cocomix.core.model_names import first_line
 from cocomix.distributed.checkpoint import checkpoints_folder, latest_checkpoint, read_trainer_state
 from cocomix.distributed.training_state import read_weights
@@ -172,6 +172,8 @@ def _copy_description(folder, aside, dtype, but):
     for entry in sorted(folder.iterdir()):
         if entry.is_file() and entry not in but and entry.name not in ("config.json", _INDEX, MANIFEST):
             shutil.copyfile(entry, aside / entry.name)
+    if (aside / NAMES).is_file():
+        read_json(aside / NAMES, "the file of concept names")  # it has no checksum, since people change it
     config = read_json(folder / "config.json", "the model's config")
     config.pop("torch_dtype", None)
     config["dtype"] = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
