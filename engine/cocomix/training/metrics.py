@@ -149,7 +149,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         raise CocomixError(f"{path} cannot be read: {error.strerror}") from None
     if damaged:
         count = f"{len(damaged)} damaged line{'s' * (len(damaged) > 1)}"
-        print(f"{path}: left out {count}, the first is line {damaged[0]}", file=sys.stderr)
+        print(f"note: {path}: left out {count}, the first is line {damaged[0]}", file=sys.stderr)
     return records
 
 
