@@ -10,8 +10,8 @@ from cocomix.core.files import AnyPath, read_json, write_own_json
 from cocomix.core.records import as_record
 
 FILE = "cocomix_checksums.json"
-NAMES = "concept_names.json"  # of concepts, which people give and change
-_CHANGING = (FILE, NAMES)
+CONCEPT_NAMES = "concept_names.json"  # which people give and change
+_CHANGING = (FILE, CONCEPT_NAMES)
 _WEIGHTS = ".safetensors"
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import atomic_folder, read_json, require_space, sweep_leftovers
+from cocomix.core.manifest import CONCEPT_NAMES, require_sound, write_manifest
 from cocomix.core.manifest import FILE as MANIFEST
-from cocomix.core.manifest import NAMES, require_sound, write_manifest
 from cocomix.core.model_names import first_line
 from cocomix.distributed.checkpoint import checkpoints_folder, latest_checkpoint, read_trainer_state
 from cocomix.distributed.training_state import read_weights
@@ -135,10 +135,9 @@ def export(source, out, dtype: str = "fp32") -> Path:
     and where its files are damaged or incomplete.
     """
     out = Path(out)
+    sweep_leftovers(out.parent, out.name)  # first, since it may bring back what was there
     if out.exists() or out.is_symlink():
         raise CocomixError(f"{out} exists already: name a folder that does not")
-    find_model(source)
-    sweep_leftovers(out.parent, out.name)
     read_model(source, lambda folder: (export_checkpoint if is_checkpoint(folder) else _copy)(folder, out, dtype))
     return out
 
@@ -172,8 +171,8 @@ def _copy_description(folder, aside, dtype, but):
     for entry in sorted(folder.iterdir()):
         if entry.is_file() and entry not in but and entry.name not in ("config.json", _INDEX, MANIFEST):
             shutil.copyfile(entry, aside / entry.name)
-    if (aside / NAMES).is_file():
-        read_json(aside / NAMES, "the file of concept names")  # it has no checksum, since people change it
+    if (aside / CONCEPT_NAMES).is_file():
+        read_json(aside / CONCEPT_NAMES, "the file of concept names")  # it has no checksum, since people change it
     config = read_json(folder / "config.json", "the model's config")
     config.pop("torch_dtype", None)
     config["dtype"] = {"fp32": "float32", "bf16": "bfloat16"}[dtype]

@@ -6,8 +6,8 @@ from pathlib import Path
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import read_json, sweep_leftovers, write_json
 from cocomix.core.locks import only_writer
+from cocomix.core.manifest import CONCEPT_NAMES as FILE
 
-FILE = "concept_names.json"
 _PATIENCE_S = 10.0  # for another process that is just writing it
 
 

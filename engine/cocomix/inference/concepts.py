@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cocomix.core.errors import CocomixError
 from cocomix.core.files import atomic_write, sweep_leftovers
-from cocomix.core.output import encodable
+from cocomix.core.output import encodable, note_once
 from cocomix.distributed.export import run_of
 from cocomix.distributed.ranks import own_device
 from cocomix.inference.concept_cards import chosen_concepts, make_card
@@ -106,7 +106,7 @@ def _data_of_run(path) -> str | None:
     try:
         place = None if run is None else find_data(run, "--corpus")
     except CocomixError as error:
-        print(f"without the run's own text: {error}")
+        note_once(f"without the run's own text: {error}")
         return None
     return place if place is not None and (Path(place) / "meta.json").is_file() else None
 

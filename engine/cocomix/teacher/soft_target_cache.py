@@ -50,12 +50,12 @@ class SoftTargetCache(ShardCache):
             size=top_k,
             fingerprints=fingerprints,
             shard_windows=shard_windows,
-            **cls.settings(vocab_size),
+            **cls.of_vocabulary(vocab_size),
         )
 
     @classmethod
-    def settings(cls, vocab_size: int) -> dict[str, bool]:
-        """What `start` needs to know of a vocabulary."""
+    def of_vocabulary(cls, vocab_size: int) -> dict[str, bool]:
+        """What meta.json says of a vocabulary, as `start` takes it."""
         return {"wide_ids": vocab_size > _NARROW_IDS}
 
     def window(self, index: int) -> dict[str, np.ndarray]:

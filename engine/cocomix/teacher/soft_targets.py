@@ -78,7 +78,7 @@ class SoftTargets(SupervisionKind):
 
     def cache_settings(self, vocab_size: int) -> dict[str, Any]:
         """How wide ids are."""
-        return SoftTargetCache.settings(vocab_size)
+        return SoftTargetCache.of_vocabulary(vocab_size)
 
     def per_token(self, config: Config) -> int:
         """J; a config that names a cache has it."""

@@ -1,5 +1,6 @@
 import errno
 import json
+import math
 import shutil
 import signal
 import threading
@@ -361,3 +362,29 @@ def test_steps_after_a_resume_differ_from_a_run_of_other_batches(world):
     assert len(world.losses("other")) == STEPS and world.losses("other") != world.losses("whole")
     with pytest.raises(AssertionError):
         assert_close_weights(world.weights("other"), world.weights("whole"), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "value, noticed",
+    [
+        (math.inf, "step-00000008"),  # its weight stays where it is
+        (math.nan, "step-00000012"),  # it makes steps that are skipped, and no saves meanwhile
+    ],
+)
+def test_a_state_that_is_not_finite_is_not_saved_and_ends_the_run(world, capsys, monkeypatch, value, noticed):
+    def spoil(train_step):
+        if train_step.engine.global_steps == 6:
+            moments = next(iter(train_step.engine.basic_optimizer.state.values()))["exp_avg_sq"]
+            moments.view(-1)[0] = value
+
+    name = f"not-finite-{value}"
+    with monkeypatch.context() as patch:
+        before_steps(patch, spoil)
+        told = ["train.continue_after_failed_save=true", "train.max_skipped_steps=100"]
+        assert world.train(name, *settings(world), *told) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert noticed in error and ("/exp_avg_sq/" in error or "/master/" in error)
+    assert "holds numbers that are not finite" in error and "lower train.lr" in error
+    assert steps(world, name) == [4]
+    assert world.train(name, *settings(world), resume=True) == 0
+    assert_equal_runs(world, "whole", name)

@@ -224,3 +224,11 @@ def test_what_does_not_grow_is_refused(world, source, overrides, message, capsys
     assert world.train("no-growth", *uneven(world), *STABLE, *overrides, branch_from=name) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and message in error, error
+
+
+def test_a_checkpoint_at_a_runs_own_end_is_no_beginning(world, capsys):
+    source = long_run(world, "train.schedule=constant", "train.keep_checkpoints=1")
+    capsys.readouterr()
+    constant = [*uneven(world), LONG, "train.schedule=constant"]
+    assert world.train("of-equal-length", *constant, branch_from=source) == 2
+    assert "no checkpoint of" in capsys.readouterr().err

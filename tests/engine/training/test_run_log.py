@@ -115,3 +115,19 @@ def test_other_ranks_write_nothing_but_know_the_time(tmp_path, open_log, capsys)
     log.evaluation(4, Evaluation(1.5))
     log.summary(4, Evaluation(1.5))
     assert list(tmp_path.iterdir()) == [] and log.elapsed_s == 2.0 and capsys.readouterr().err == ""
+
+
+def test_lines_that_are_gone_are_said_by_their_number(tmp_path, open_log, capsys):
+    log = open_log()
+    for step in (2, 4):
+        log.training(step, figures(2.0, 4.0), STEP)
+    log.require_lines(2)
+    assert "lacks" not in capsys.readouterr().err
+    log.require_lines(5)
+    assert "metrics.jsonl lacks 3 of the 5 lines of before" in capsys.readouterr().err
+
+
+def test_without_training_lines_there_is_no_summary_and_no_error(tmp_path, open_log, capsys):
+    log = open_log()
+    log.summary(4, Evaluation(1.5))
+    assert lines(tmp_path) == [] and "has lost its training lines" in capsys.readouterr().err

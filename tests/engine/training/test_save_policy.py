@@ -2,28 +2,28 @@ import pytest
 import torch
 
 from cocomix.core.config import Config, DataConfig, TrainConfig
-from cocomix.core.errors import CocomixError
+from cocomix.core.errors import CocomixError, NotFiniteError
 from cocomix.distributed.ranks import Ranks
 from cocomix.training.save_policy import SavePolicy
 
 
 class Writer:
-    """A `CheckpointWriter` whose save fails where it is told to."""
+    """A `CheckpointWriter` whose save fails where it is told to, with an error of its own or a given one."""
 
     def __init__(self):
         self.begun, self.fails = [], False
 
     @property
     def has_failed(self):
-        return self.fails
+        return bool(self.fails)
 
     def begin(self, engine, step, trainer_state):
         self.begun.append((step, trainer_state))
 
     def finish(self):
-        if self.fails:
-            self.fails = False
-            raise CocomixError("no room")
+        error, self.fails = self.fails, False
+        if error:
+            raise error if isinstance(error, CocomixError) else CocomixError("no room")
 
 
 @pytest.fixture
@@ -74,3 +74,11 @@ def test_told_so_it_goes_on_without_a_save_that_failed_and_says_so_once(policy, 
     assert capsys.readouterr().err == "step 5: a save failed; training continues without it: no room\n"
     saves.begin(8, {})
     assert saves.saved_step == 8
+
+
+def test_nothing_goes_on_from_weights_that_are_not_finite(policy):
+    saves = policy(continue_after_failed_save=True)
+    saves.begin(4, {})
+    saves._writer.fails = NotFiniteError("holds numbers that are not finite")
+    with pytest.raises(NotFiniteError):
+        saves.notice_failure(5)
