@@ -123,6 +123,7 @@ def test_no_file_imports_itself_through_others():
 
 # Files beside `tests/`; several where each tests a part.
 TESTED_IN = {
+    "cocomix.data.token_streams": "engine/data/test_preparation.py engine/data/test_foreign_tokens.py",
     "cocomix.core.errors": "engine/test_cli.py",
     "cocomix.core.machine": "engine/costs/test_profiler.py",
     "cocomix.core.mapped_file": "engine/data/test_token_files.py engine/teacher/test_label_cache.py",

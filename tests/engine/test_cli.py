@@ -290,7 +290,7 @@ def killed(function, at_call):
 @pytest.mark.parametrize(
     ("command", "overrides", "target", "at_call"),
     [
-        ("data", ["data.folder=NEW/data"], "cocomix.data.preparation.Splitter.__call__", 20),
+        ("data", ["data.folder=NEW/data"], "cocomix.data.splitter.Splitter.__call__", 20),
         ("labels", ["concept_labels.cache=NEW/cache"], "cocomix.teacher.concept_teacher.ConceptTeacher.labels", 4),
         ("sae", ["teacher.sae=NEW/sae"], "cocomix.teacher.sae_training.train_step", 5),
     ],

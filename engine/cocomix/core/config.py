@@ -43,6 +43,8 @@ class DataConfig:
     folder: str = "data"  # train.bin, val.bin, meta.json and tokenizer/ live here
     # files, folders, "stdlib", "hf:NAME[:SPLIT[:SUBSET]]", or mappings {path: ..., weight: ..., text_key: ...}
     text: list[Any] = field(default_factory=list)
+    # instead of text: token files that other programs made with `tokenizer`, or folders of them
+    tokens: list[str] = field(default_factory=list)
     text_key: str = "text"  # the field of JSON records, or the column of tables, that holds the text
     # what stands between documents in one file of plain text, for example "<|endoftext|>"; null: nothing does
     document_separator: str | None = checked(None, lambda text: text != "", "must not be empty: null for none")
@@ -54,6 +56,9 @@ class DataConfig:
     # of a tokenizer that is trained here
     vocab_size: int = positive(4096, at_most=2**31, because="token files hold 32 bits")
     max_tokens: int = not_negative(0)  # stop after the document that reaches so many tokens; 0: take all text
+    # put the training documents into a random order, where they come sorted; validation keeps its own
+    shuffle_documents: bool = False
+    shuffle_seed: int = checked(0, fits_64_bits, "must fit into 64 bits")
     # that tokenize, which together use all cores; several are faster where there are many cores
     processes: int = positive(1)
     # share of the text, in whole documents, that is held out for validation

@@ -163,6 +163,21 @@ def atomic_folder(path: AnyPath) -> Generator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def scratch_folder(path: AnyPath) -> Generator[Path]:
+    """Yield a folder for what is needed while the file `path` is made, on the same disk; it goes when the block ends,
+    and `sweep_leftovers` deletes what a killed process leaves. Raises `CocomixError` as `atomic_write` does."""
+    path = Path(path)
+    with _explain_refusal(path):
+        aside = _make_room_aside(path)
+        aside.mkdir()
+    try:
+        with explain_full_disk(path):
+            yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def sweep_leftovers(folder: AnyPath, name: str = "", of_this_process: bool = False) -> None:
     """Delete what killed processes of this machine left half-written in `folder`, of the file or folder `name` there or
     of all; with `of_this_process` also what an earlier attempt in this one did. An old folder that was being replaced

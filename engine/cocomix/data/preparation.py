@@ -1,13 +1,11 @@
-"""`cocomix data`: text -> tokenizer and token files."""
+"""`cocomix data`: text, or tokens of other programs -> tokenizer and token files."""
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import cast
 
 import numpy as np
-from tqdm import tqdm
 
 from cocomix.core.config import DataConfig
 from cocomix.core.errors import CocomixError
@@ -15,21 +13,19 @@ from cocomix.core.files import (
     atomic_folder,
     atomic_write,
     require_space,
-    sha256_of_file,
     sweep_leftovers,
     write_own_json,
 )
 from cocomix.core.locks import only_writer
 from cocomix.core.manifest import require_sound, write_manifest
-from cocomix.core.model_names import without_prefix
 from cocomix.core.origin import differences
 from cocomix.core.output import note_once
-from cocomix.data.documents import Piece, pieces, require_text
 from cocomix.data.left_out import BAD_RECORD, say
-from cocomix.data.sources import FORMATS_READ, Source, left_out_of, open_sources, require_few_bad
+from cocomix.data.shuffling import shuffle_documents
+from cocomix.data.sources import FORMATS_READ
 from cocomix.data.token_files import FORMAT, SPLITS, SplitRecord, TokenFiles, TokenMeta, describe_split, scan
-from cocomix.data.tokenizer import load_tokenizer, token_dtype, train_tokenizer, vocab_size_of
-from cocomix.data.tokenizing import tokenize
+from cocomix.data.token_streams import TokenStream, open_stream
+from cocomix.data.tokenizer import token_dtype, vocab_size_of
 
 _TOKENIZER_ROOM_BYTES = 32 << 20
 
@@ -42,16 +38,15 @@ def prepare(config: DataConfig) -> "TokenFiles":
     disk.
     """
     folder = Path(config.folder)
-    sources = open_sources(config)
-    made_from = {"settings": _settings(config), "sources": [source.fingerprint() for source in sources]}
+    stream = open_stream(config)
+    made_from = {"settings": stream.settings() | _order(config), "sources": stream.fingerprints()}
     if (folder / "meta.json").exists():
         return _up_to_date(folder, config, made_from)
-    for source in sources:
-        require_text(source)
+    stream.require_some()
     with only_writer(folder, "cocomix data"):
         if (folder / "meta.json").exists():  # another process has made it meanwhile
             return _up_to_date(folder, config, made_from)
-        return _make(folder, config, sources, made_from)
+        return _make(folder, config, stream, made_from)
 
 
 def _up_to_date(folder: Path, config: DataConfig, made_from: dict) -> "TokenFiles":
@@ -66,19 +61,18 @@ def _up_to_date(folder: Path, config: DataConfig, made_from: dict) -> "TokenFile
     return files
 
 
-def _make(folder: Path, config: DataConfig, sources: list[Source], made_from: dict) -> "TokenFiles":
+def _make(folder: Path, config: DataConfig, stream: TokenStream, made_from: dict) -> "TokenFiles":
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CocomixError(f"data.folder: {folder} cannot be made: {error}") from None
     sweep_leftovers(folder, of_this_process=True)  # one before it, which was interrupted
-    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else _train_tokenizer(config, sources)
+    tokenizer = stream.tokenizer()
     vocab_size = vocab_size_of(tokenizer)
-    splits = _write_token_files(folder, config, sources, tokenizer)
-    for source in sources:
-        if source.ended_with:
-            print(f"{source.name} ends with {source.ended_with}, all of which is in it")
-    left_out = left_out_of(sources)
+    splits = _write_token_files(folder, config, stream, tokenizer)
+    for note in stream.notes():
+        print(note)
+    left_out = stream.left_out()
     say(left_out)
     _save_tokenizer(tokenizer, config.tokenizer, folder / "tokenizer")
     meta = TokenMeta(
@@ -115,21 +109,15 @@ def _sizes(files: "TokenFiles") -> str:
     return " and ".join(f"{files.split(name).n_tokens:,} {name}" for name in SPLITS) + " tokens"
 
 
-def _settings(config: DataConfig) -> dict:
-    names = ("text", "text_key", "document_separator", "tokenizer", "max_tokens", "val_fraction")
-    settings = {name: getattr(config, name) for name in names}
-    settings["text"] = list(config.text)
-    if config.tokenizer is None:
-        return {**settings, "vocab_size": config.vocab_size}
-    settings["tokenizer"] = without_prefix(config.tokenizer)
-    file = Path(config.tokenizer, "tokenizer.json")
-    return {**settings, "tokenizer_sha256": sha256_of_file(file) if file.is_file() else None}
+def _order(config: DataConfig) -> dict:
+    """The settings of the documents' order, where it is not that of the text."""
+    return {name: getattr(config, name) for name in ("shuffle_documents", "shuffle_seed") if config.shuffle_documents}
 
 
 def _require_same(files: "TokenFiles", made_from: dict) -> None:
     was, now = files.meta.settings, made_from["settings"]
     changes = [f"data.{found.name} was {found.stored!r} and is {found.present!r}" for found in differences(was, now)]
-    if was.get("text") == now["text"]:
+    if all(was.get(name) == now.get(name) for name in ("text", "tokens")):
         for old, new in zip(files.meta.sources, made_from["sources"], strict=False):
             if old == new:
                 continue
@@ -159,19 +147,6 @@ def _size(fingerprint: dict) -> str:
     return f"{fingerprint['source']} with {fingerprint['files']:,} files of {fingerprint['bytes']:,} bytes"
 
 
-def _train_tokenizer(config: DataConfig, sources: list[Source]):
-    side = Splitter(config.val_fraction)
-    with _progress(sources, "tokenizer") as progress:
-        stream = _checked(_shown(pieces(sources), progress), config, sources)
-        return train_tokenizer((piece.text for piece in stream if side(piece) == "train"), config.vocab_size)
-
-
-def _checked(stream: Iterable[Piece], config: DataConfig, sources: list[Source]) -> Iterator[Piece]:
-    """The same pieces. Raises `CocomixError` at their end where too many records were bad."""
-    yield from stream
-    require_few_bad(sources, config.max_bad_share)
-
-
 def _save_tokenizer(tokenizer, origin: str | None, folder: Path) -> None:
     if origin is not None and Path(origin).resolve() == folder.resolve():
         return
@@ -181,60 +156,27 @@ def _save_tokenizer(tokenizer, origin: str | None, folder: Path) -> None:
         write_manifest(aside)
 
 
-class Splitter:
-    """Sends documents to "train" or "val" as they stream by.
-
-    A document validates where validation holds less than its share of the text before it, so the share is kept from
-    the first documents on, however long they are; the first one trains. A pure function of the documents before.
-    """
-
-    def __init__(self, val_fraction: float):
-        self._fraction, self._document, self._side = val_fraction, -1, "train"
-        self._chars: dict[str, int] = dict.fromkeys(SPLITS, 0)
-
-    def __call__(self, piece: Piece) -> str:
-        """The side of a piece's document; pieces come in order."""
-        if piece.document != self._document:
-            self._document = piece.document
-            self._side = "val" if self._chars["val"] < self._fraction * sum(self._chars.values()) else "train"
-        self._chars[self._side] += len(piece.text)
-        return self._side
-
-
-@contextlib.contextmanager
-def _progress(sources: list[Source], what: str):
-    sizes = [source.plain_bytes for source in sources]
-    total = None if None in sizes else sum(size for size in sizes if size is not None)
-    with tqdm(desc=what, total=total, unit="B", unit_scale=True) as progress:
-        yield progress
-
-
-def _shown(stream: Iterable[Piece], progress) -> Iterator[Piece]:
-    for piece in stream:
-        yield piece
-        progress.update(len(piece.text.encode()))
-
-
-def _write_token_files(folder: Path, config: DataConfig, sources: list[Source], tokenizer) -> dict[str, SplitRecord]:
-    side, dtype = Splitter(config.val_fraction), token_dtype(vocab_size_of(tokenizer))
+def _write_token_files(folder: Path, config: DataConfig, stream: TokenStream, tokenizer) -> dict[str, SplitRecord]:
+    dtype = token_dtype(vocab_size_of(tokenizer))
     counts = {name: {"tokens": 0, "documents": 0, "text_bytes": 0} for name in SPLITS}
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(atomic_write(folder / f"{name}.bin")) for name in SPLITS}
-        progress = stack.enter_context(_progress(sources, "tokens"))
-        for piece, ids in tokenize(_shown(pieces(sources), progress), tokenizer, config.processes):
-            name = side(piece)
-            files[name].write(ids.tobytes())
-            count = counts[name]
-            count["tokens"] += len(ids)
-            count["documents"] += piece.last
-            count["text_bytes"] += len(piece.text.encode())
+        progress = stack.enter_context(stream.progress("tokens"))
+        for stretch in stream.stretches(tokenizer, progress):
+            files[stretch.side].write(stretch.ids.tobytes())
+            count = counts[stretch.side]
+            count["tokens"] += len(stretch.ids)
+            count["documents"] += stretch.last
+            count["text_bytes"] += stretch.text_bytes
             total = sum(count["tokens"] for count in counts.values())
             progress.set_postfix_str(f"{total / 1e6:.1f}M tokens", refresh=False)
-            if piece.last and 0 < config.max_tokens <= total and counts["val"]["documents"]:
+            if stretch.last and 0 < config.max_tokens <= total and counts["val"]["documents"]:
                 break
-        require_few_bad(sources, config.max_bad_share)
+        stream.require_few_bad()
         if counts["val"]["documents"] == 0:
             _share_one_document(files, counts, config.val_fraction, dtype)
+    if config.shuffle_documents:
+        shuffle_documents(folder / "train.bin", dtype, tokenizer.eos_token_id, config.shuffle_seed)
     return {name: describe_split(folder, name, counts[name], dtype) for name in SPLITS}
 
 

@@ -242,7 +242,8 @@ def _expand(pattern: str, passed_by: Tally) -> Iterator[Path]:
             yield from _walk(path, passed_by)
 
 
-def _listing(root: Path | None, files: list[Path]) -> dict:
+def file_listing(root: Path | None, files: list[Path]) -> dict:
+    """Number and size of the files, and a hash of their names (relative to `root`), sizes and times."""
     digest, total = hashlib.sha256(), 0
     for path in files:
         with explain_unreadable(path):
@@ -279,7 +280,7 @@ class _LocalFiles:
         """Where there are files of kinds that versions before 0.2.0 left out or read otherwise, it says so: what those
         versions made of the same files is not the same."""
         also = {} if all(was_always_read(path) for path in self.files) else {FORMATS_READ: 2}
-        return {"source": self.name, **_listing(self.root, self.files), **also}
+        return {"source": self.name, **file_listing(self.root, self.files), **also}
 
     def documents(self) -> Iterator[Iterable[str]]:
         tally = Tally(self.name, self.skip_bad)
@@ -304,7 +305,7 @@ class _HubDataset:
     def fingerprint(self) -> dict:
         folder = Path(self.dataset)
         files = list(_walk(folder, Tally(self.name))) if folder.is_dir() else []
-        return {"source": self.name, **(_listing(folder, files) if folder.is_dir() else {})}
+        return {"source": self.name, **(file_listing(folder, files) if folder.is_dir() else {})}
 
     def documents(self) -> Iterator[list[str]]:
         tally = Tally(self.name, self.skip_bad)

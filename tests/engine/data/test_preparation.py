@@ -19,10 +19,10 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from cocomix.core.config import DataConfig
 from cocomix.core.errors import CocomixError
 from cocomix.data import documents
-from cocomix.data.documents import Piece
 from cocomix.data.left_out import LeftOut
-from cocomix.data.preparation import Splitter, prepare
+from cocomix.data.preparation import prepare
 from cocomix.data.sources import open_sources
+from cocomix.data.splitter import Splitter
 from cocomix.data.token_files import TokenFiles
 from cocomix.data.tokenizer import END_OF_TEXT, train_tokenizer
 
@@ -39,7 +39,7 @@ def test_token_files_are_the_documents_each_followed_by_end_of_text(config):
     expected, side = {"train": [], "val": []}, Splitter(0.2)
     for number in range(60):
         ids = tokenizer(story(number), add_special_tokens=False)["input_ids"]
-        expected[side(Piece(number, story(number), True))] += [*ids, files.eot_id]
+        expected[side(number, len(story(number)))] += [*ids, files.eot_id]
     for name in ("train", "val"):
         assert split_tokens(files, name) == expected[name]
         entry = files.meta.splits[name]
@@ -284,29 +284,6 @@ def test_a_file_in_the_place_of_the_folder_is_named(config, tmp_path):
         prepare(config)
 
 
-@pytest.mark.parametrize("fraction", [0.01, 0.05, 0.3, 0.5])
-def test_the_split_keeps_its_share_and_never_leaves_a_side_empty(fraction):
-    lengths = np.random.default_rng(0).lognormal(5, 1.5, size=5000).astype(int) + 1
-    side, chars = Splitter(fraction), {"train": 0, "val": 0}
-    for document, length in enumerate(lengths.tolist()):
-        name = side(Piece(document, "x" * length, True))
-        chars[name] += length
-        assert document > 1 or name == ("train", "val")[document]
-        # beyond the share goes at most the document that filled it, and short of it at most what came since
-        assert abs(chars["val"] - fraction * sum(chars.values())) <= lengths[: document + 1].max()
-
-
-def test_a_short_second_document_does_not_leave_validation_short():
-    side, texts = Splitter(0.1), ["x" * 1000, "x", "x" * 50, "x" * 500, "x" * 500]
-    assert [side(Piece(i, text, True)) for i, text in enumerate(texts)] == ["train", "val", "val", "val", "train"]
-
-
-def test_the_pieces_of_a_document_stay_together():
-    side = Splitter(0.5)
-    pieces = [Piece(0, "xx", False), Piece(0, "xx", True), Piece(1, "x" * 9, False), Piece(1, "x", True)]
-    assert [side(piece) for piece in pieces] == ["train", "train", "val", "val"]
-
-
 def test_one_document_is_split_by_tokens(config, tmp_path):
     (tmp_path / "one.txt").write_text(story(3) * 20, encoding="utf-8")
     config.text = [str(tmp_path / "one.txt")]
@@ -376,7 +353,7 @@ def test_token_files_are_those_that_tiktoken_makes(tmp_path, tokenizer, long, mo
     )
     side, expected = Splitter(0.2), {"train": [], "val": []}
     for number, text in enumerate(stories):
-        expected[side(Piece(number, text, True))] += [*encoding.encode_ordinary(text), encoding.eot_token]
+        expected[side(number, len(text))] += [*encoding.encode_ordinary(text), encoding.eot_token]
     for name, ids in expected.items():
         assert (files.folder / f"{name}.bin").read_bytes() == np.array(ids, dtype=np.uint16).tobytes()
 
