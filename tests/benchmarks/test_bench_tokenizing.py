@@ -6,7 +6,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import bench_tokenizing  # noqa: E402
+import bench_tokenizing
 
 
 @pytest.mark.slow
