@@ -329,8 +329,14 @@ def _check_keys(node: DictConfig, schema: Any, where: str, prefix: str = "") -> 
             _check_keys(node[key], section, where, f"{prefix}{key}.")
         elif known[key].type in _TEXT and isinstance(value, bool | int | float):
             raise CocomixError(f"{where}: {prefix}{key} is {value!r} to YAML: put it into quotes")
-        elif section in (list, dict) and type(value) in (list, dict) and type(value) is not section:
-            raise CocomixError(f"{where}: {prefix}{key}: expected a {'list' if section is list else 'mapping'}")
+        elif section in (list, dict) and type(value) is not section and not _is_reference(value):
+            wanted = f"a list, such as [{value}]" if section is list else "a mapping"
+            raise CocomixError(f"{where}: {prefix}{key}: expected {wanted}")
+
+
+def _is_reference(value: Any) -> bool:
+    """Whether another setting's value is to be taken: ${data.text}."""
+    return isinstance(value, str) and "${" in value
 
 
 def _validate(config: Config, where: str) -> None:

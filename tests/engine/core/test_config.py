@@ -150,6 +150,27 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_key(write, text, key):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "override, wanted",
+    [
+        ("data.text=stdlib", "data.text: expected a list, such as [stdlib]"),
+        ("data.tokens=a.bin", "data.tokens: expected a list, such as [a.bin]"),
+        ("data.text=3", "data.text: expected a list, such as [3]"),
+        ("data.text={a: b}", "data.text: expected a list, such as [{'a': 'b'}]"),
+        ("deepspeed=[1]", "deepspeed: expected a mapping"),
+        ("deepspeed=3", "deepspeed: expected a mapping"),
+    ],
+)
+def test_what_should_be_a_list_or_a_mapping_is_said(write, override, wanted):
+    with pytest.raises(CocomixError) as raised:
+        load(write(""), override)
+    assert str(raised.value) == f"override {override!r}: {wanted}"
+
+
+def test_a_list_may_be_that_of_another_setting(write):
+    assert load(write("data: {text: [a, b], tokens: '${data.text}'}")).data.tokens == ["a", "b"]
+
+
 @pytest.mark.parametrize("text", ["model: 3", "model:", "model: [1]", "model: '${nothing}'"])
 def test_a_section_that_is_no_section_is_refused(write, text):
     with pytest.raises(CocomixError, match="model"):
