@@ -5,10 +5,12 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
 from cocomix import CoCoMixConfig, CoCoMixForCausalLM, SparseAutoencoder
+from cocomix.core.methods import MIXING
 
 DATA = Path(__file__).parents[1] / "fixtures"
 GOLDEN_SETTINGS = {"concept_dim": 96, "insert_layer": 1, "concept_topk": 6}  # of tests/fixtures/reference_checkpoint
@@ -22,6 +24,14 @@ SMALL = {
     "concept_topk": 5,
     "insert_layer": 1,
 }
+
+METHODS = [  # as settings of a model
+    *({"mixing": mixing} for mixing in MIXING),
+    *({"mixing": mixing, "concept_residual": True} for mixing in ("interleave", "pause")),
+    *({"mixing": mixing, "concept_every": every} for mixing in ("interleave", "pause") for every in (2, 3)),
+    {"mixing": "interleave", "concept_residual": True, "concept_every": 4},
+]
+every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: "-".join(map(str, method.values())))
 
 
 def golden(name):

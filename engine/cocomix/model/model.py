@@ -23,6 +23,7 @@ from cocomix.model.positions import (
     CACHE_NAME,
     BothCacheNames,
     attention_masks,
+    documents_of,
     given_cache,
     prepare_cache,
     token_positions,
@@ -196,8 +197,10 @@ class CoCoMixModel(CoCoMixPreTrainedModel):
     ):
         """input_ids [B, T], concept_labels [B, T, K] (-1: none) -> `CoCoMixModelOutput`.
 
-        `attention_mask` [B, past + T] is 0 at padding. `past_key_values` is the older name of `cache`. Raises
-        `ValueError` where past + T exceeds n_positions, or where both names are given.
+        `attention_mask` [B, past + T] is 0 at padding. `position_ids` [B, T] that start again in a row pack several
+        documents into it, which do not see one another. `past_key_values` is the older name of `cache`. Raises
+        `ValueError` where past + T exceeds n_positions, where both names are given, and for documents that begin
+        inside a group of tokens with one concept position.
         """
         config = self.config
         cache = given_cache(cache, past_key_values)
@@ -205,10 +208,15 @@ class CoCoMixModel(CoCoMixPreTrainedModel):
             cache = prepare_cache(cache, config.n_layer, config.doubled_from, config.layout)
         n_past = 0 if cache is None else cache.get_seq_length()
         self._check_length(n_past + input_ids.shape[1])
-        positions = token_positions(input_ids, attention_mask, n_past) if position_ids is None else position_ids
+        positions, documents = position_ids, None
+        if positions is None:
+            positions = token_positions(input_ids, attention_mask, n_past)
+        elif n_past == 0:
+            positions = positions.expand(input_ids.shape)
+            documents = documents_of(positions, attention_mask)
         doubled = config.doubled_from < config.n_layer
         layout = config.layout if doubled else None
-        token_mask, doubled_mask = attention_masks(input_ids, attention_mask, n_past, layout)
+        token_mask, doubled_mask = attention_masks(input_ids, attention_mask, n_past, layout, documents)
         x = self.wte(input_ids) + self.wpe(positions)
         concepts, read = None, None
         for layer, block in enumerate(self.h):

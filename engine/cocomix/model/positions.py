@@ -73,41 +73,68 @@ def token_positions(input_ids, attention_mask, n_past: int):
     return torch.arange(n_past, end, device=input_ids.device)
 
 
-def attention_masks(input_ids, attention_mask, n_past: int, layout: Layout | None):
+def documents_of(position_ids, attention_mask) -> torch.Tensor | None:
+    """The number of each token's document [B, T] where positions [B, T] start again in a row, as transformers packs
+    documents; None where they do not. Padding, 0 in attention_mask [B, T], begins none."""
+    begins = position_ids.diff(dim=-1) <= 0
+    if attention_mask is not None:
+        keep = attention_mask.bool()
+        begins = begins & keep[:, 1:] & keep[:, :-1]
+    if not bool(begins.any()):
+        return None
+    return torch.nn.functional.pad(begins.long().cumsum(-1), (1, 0))
+
+
+def attention_masks(input_ids, attention_mask, n_past: int, layout: Layout | None, documents=None):
     """Explicit masks over tokens and over all positions of a layout; None where plain causal attention will do.
 
-    input_ids [B, T], attention_mask [B, past + T], 0 at padding -> bool [B or 1, 1, T, past + T] and, with a layout,
-    the same over its positions (for T tokens with a concept each [B or 1, 1, 2T, 2 (past + T)]), True where attended.
-    Raises `ValueError` where padding before the text would move its concept positions.
+    input_ids [B, T], attention_mask [B, past + T], 0 at padding, documents [B, past + T] (see `documents_of`) -> bool
+    [B or 1, 1, T, past + T] and, with a layout, the same over its positions (for T tokens with a concept each
+    [B or 1, 1, 2T, 2 (past + T)]), True where attended. Raises `ValueError` where padding before the text, or where a
+    document begins, would move its concept positions.
     """
     keep = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
-    if keep is not None and layout is not None:
-        _require_whole_groups(keep, layout)
-    if n_past == 0 and keep is None:
+    if layout is not None:
+        _require_whole_groups(keep, documents, layout)
+    if n_past == 0 and keep is None and documents is None:
         return None, None
-    token_mask = _causal_mask(n_past, input_ids.shape[1], keep, input_ids.device)
+    token_mask = _causal_mask(n_past, input_ids.shape[1], keep, documents, input_ids.device)
     if layout is None:
         return token_mask, None
     past, end = layout.positions(n_past), layout.positions(n_past + input_ids.shape[1])
-    keep = None if keep is None else keep[:, layout.token_of(end, input_ids.device)]
-    return token_mask, _causal_mask(past, end - past, keep, input_ids.device)
+    tokens = layout.token_of(end, input_ids.device)
+    keep, documents = (None if of_tokens is None else of_tokens[:, tokens] for of_tokens in (keep, documents))
+    return token_mask, _causal_mask(past, end - past, keep, documents, input_ids.device)
 
 
-def _require_whole_groups(keep, layout: Layout) -> None:
-    """Raise `ValueError` unless padding on the left counts a multiple of the tokens that share a concept position."""
-    padding = keep.long().argmax(1)
-    if layout.every > 1 and bool((padding % layout.every).any()):
-        raise ValueError(
-            f"padding on the left must be a multiple of concept_every={layout.every} tokens, since concept positions "
-            f"are counted from the start of a row; the rows have {padding.tolist()}: run prompts one by one, or pad on "
-            "the right"
-        )
+def _require_whole_groups(keep, documents, layout: Layout) -> None:
+    """Raise `ValueError` unless padding on the left, and every document before another, counts a multiple of the tokens
+    that share a concept position."""
+    if layout.every == 1:
+        return
+    if keep is not None:
+        padding = keep.long().argmax(1)
+        if bool((padding % layout.every).any()):
+            raise ValueError(
+                f"padding on the left must be a multiple of concept_every={layout.every} tokens, since concept "
+                f"positions are counted from the start of a row; the rows have {padding.tolist()}: run prompts one by "
+                "one, or pad on the right"
+            )
+    if documents is not None:
+        begin = documents.diff(dim=-1).nonzero()[:, 1] + 1
+        if bool((begin % layout.every).any()):
+            raise ValueError(
+                f"packed documents must begin at multiples of concept_every={layout.every} tokens, since concept "
+                f"positions are counted from the start of a row; they begin at {begin.tolist()}: pack one a row"
+            )
 
 
-def _causal_mask(n_past, n_new, keep, device):
+def _causal_mask(n_past, n_new, keep, documents, device):
     keys = torch.arange(n_past + n_new, device=device)
     queries = keys[n_past:, None]
     mask = (keys <= queries)[None, None]
+    if documents is not None:
+        mask = mask & (documents[:, None, n_past:, None] == documents[:, None, None, :])
     if keep is None:
         return mask
     # A padding position still sees itself: a row without any key would be NaN and spoil what it is a value for.

@@ -3,24 +3,17 @@ import contextlib
 import pytest
 import torch
 from kernel_helpers import set_chunk_bytes, trace
-from model_helpers import SMALL, batch, golden_model, gradients, naive_student, small_model
+from model_helpers import METHODS, SMALL, batch, every_method, golden_model, gradients, naive_student, small_model
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cocomix import CoCoMixConfig, CoCoMixForCausalLM
 from cocomix.core.flops import cocomix_forward
-from cocomix.core.methods import MIXING, predicts_concepts
+from cocomix.core.methods import predicts_concepts
 from cocomix.core.shapes import StudentShape
 from cocomix_kernels import interleaved_attention
 
-METHODS = [  # as settings of a model
-    *({"mixing": mixing} for mixing in MIXING),
-    *({"mixing": mixing, "concept_residual": True} for mixing in ("interleave", "pause")),
-    *({"mixing": mixing, "concept_every": every} for mixing in ("interleave", "pause") for every in (2, 3)),
-    {"mixing": "interleave", "concept_residual": True, "concept_every": 4},
-]
 MIXED = [(method, layer) for method in METHODS if method["mixing"] != "none" for layer in range(SMALL["n_layer"])]
-every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: "-".join(map(str, method.values())))
 
 
 def within(actual, expected, tolerance=1e-4):
