@@ -142,7 +142,7 @@ class TextStream(TokenStream):
 
 class GivenTokens(TokenStream):
     """The documents of `data.tokens`: token files that other programs made with `data.tokenizer`. Raises `CocomixError`
-    where text is named too, and where no tokenizer is."""
+    where text is named too, where no tokenizer is, and for `data.max_tokens` of files that are named train and val."""
 
     def __init__(self, config: DataConfig):
         super().__init__(config)
@@ -156,6 +156,11 @@ class GivenTokens(TokenStream):
             )
         self._tokenizer = load_tokenizer(config.tokenizer)
         self._sources = TokenSources(config.tokens, vocab_size_of(self._tokenizer))
+        if config.max_tokens and any(file.side for files in self._sources.files for file in files):
+            raise CocomixError(
+                "data.max_tokens would cut off validation where files are named train and val: leave it out, or take "
+                "those words out of their names"
+            )
 
     def settings(self) -> dict[str, Any]:
         """The files, and the tokenizer that made them."""

@@ -177,6 +177,14 @@ def test_names_say_what_is_for_training_and_what_for_validation(given_tokens, tm
     assert [files.meta.splits[name].documents for name in SPLITS] == [40, 20]
 
 
+def test_max_tokens_of_files_that_say_their_side_is_refused(given_tokens, tmp_path):
+    _, tokens, config_of = given_tokens
+    config = config_of(flat(tmp_path / "train.bin", tokens[:40]), flat(tmp_path / "val.bin", tokens[40:]))
+    config.max_tokens = 500  # which the training files alone would pass long before validation begins
+    with pytest.raises(CocomixError, match="data.max_tokens would cut off validation"):
+        prepare(config)
+
+
 def test_max_tokens_and_left_out_files_are_said(given_tokens, tmp_path, capsys):
     _, tokens, config_of = given_tokens
     folder = tmp_path / "given"
